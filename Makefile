@@ -1,0 +1,32 @@
+# VENV, PYTHON, HOST, PORT and MODEL are explained in scripts/install_cpu.sh and scripts/serve.sh.
+VENV ?= $(CURDIR)/.venv
+# Without a virtual environment the project was installed into an existing GPU installation.
+PY = $(shell [ -x $(VENV)/bin/python ] && echo $(VENV)/bin/python || echo $(or $(PYTHON),python3))
+export VENV PYTHON HOST PORT MODEL
+# It would have every server process compile the whole of SGLang anew, which triples its start.
+unexport PYTHONDONTWRITEBYTECODE
+
+.DEFAULT_GOAL := help
+.PHONY: help install model serve test lint clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+install: ## install the server and this project into .venv (or VENV=DIR); quick when there is nothing to do
+	@scripts/install_cpu.sh
+
+model: install ## fetch and convert the default model into the user's cache; prints its path
+	@$(PY) -m sglang_mosaic.embedded_model
+
+serve: install ## serve on 127.0.0.1:30000; HOST=, PORT=, MODEL=, ARGS="--more --flags"
+	@scripts/serve.sh $(ARGS)
+
+test: install model ## run the whole test suite; PYTEST_ARGS="-k name"
+	@$(PY) -m pytest $(PYTEST_ARGS)
+
+lint: install ## check the code with ruff
+	@$(PY) -m ruff check .
+
+clean: ## remove caches and build outputs; the virtual environment and the model stay
+	@rm -rf build dist .pytest_cache .ruff_cache .hypothesis
+	@find python kernels test -type d -name __pycache__ -prune -exec rm -rf {} +

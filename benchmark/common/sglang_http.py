@@ -1,0 +1,99 @@
+"""The few control calls that the benchmarks make to a server, plus the native /generate with token ids."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import requests
+
+from benchmark.common.errors import BenchmarkError
+
+CONTROL_TIMEOUT_S = 60.0
+# /server_info gives the KV pool in units of 2^30 bytes, rounded to three digits.
+SERVER_INFO_KV_UNIT = 1 << 30
+
+
+def normalise_url(url: str) -> str:
+    """`url` without a trailing slash or /v1; BenchmarkError when it is not http(s)."""
+    if not url.startswith(("http://", "https://")):
+        raise BenchmarkError(f"--url must start with http:// or https://, found {url!r}")
+    return url.rstrip("/").removesuffix("/v1")
+
+
+def _call(method: str, url: str, timeout_s: float = CONTROL_TIMEOUT_S, **kwargs: Any) -> requests.Response:
+    try:
+        response = requests.request(method, url, timeout=timeout_s, **kwargs)
+    except requests.RequestException as error:
+        raise BenchmarkError(f"{method} {url} failed ({error}); check --url and that the server is up") from error
+    return response
+
+
+def first_model(url: str) -> str:
+    """The id of the first entry of /v1/models."""
+    response = _call("GET", f"{url}/v1/models")
+    models = response.json().get("data") if response.ok else None
+    if not models:
+        raise BenchmarkError(f"{url}/v1/models lists no model (HTTP {response.status_code}); pass --model NAME")
+    return models[0]["id"]
+
+
+def server_info(url: str) -> dict[str, Any] | None:
+    """SGLang's /server_info; None when the server has no such endpoint."""
+    response = _call("GET", f"{url}/server_info")
+    return response.json() if response.ok else None
+
+
+def reported_kv_bytes(info: dict[str, Any] | None) -> int | None:
+    """Bytes of the KV pool as the server reports them, to about 1 MiB; None when it does not say."""
+    states = (info or {}).get("internal_states") or []
+    sizes = [state.get("memory_usage", {}).get("kvcache") for state in states]
+    if not sizes or any(size is None for size in sizes):
+        return None
+    return round(sum(sizes) * SERVER_INFO_KV_UNIT)
+
+
+def flush_cache(url: str, patience_s: float = 30.0) -> None:
+    """Empty the prefix cache. The server refuses while a request runs, so this retries for `patience_s`."""
+    deadline = time.monotonic() + patience_s
+    while True:
+        response = _call("POST", f"{url}/flush_cache")
+        if response.ok:
+            return
+        if time.monotonic() > deadline:
+            raise BenchmarkError(
+                f"{url}/flush_cache still answers HTTP {response.status_code} after {patience_s:.0f} s "
+                f"({response.text.strip()[:200]}); make sure that nothing else uses the server"
+            )
+        time.sleep(0.5)
+
+
+class TokenClient:
+    """One keep-alive connection to /generate for prompts given as token ids; requests go one at a time."""
+
+    def __init__(self, url: str, timeout_s: float) -> None:
+        self._url = f"{url}/generate"
+        self._timeout_s = timeout_s
+        self._session = requests.Session()
+
+    def prefill(self, input_ids: list[int]) -> int:
+        """Run the prompt for one output token; return how many of its tokens came from the cache."""
+        body = {
+            "input_ids": input_ids,
+            "sampling_params": {"max_new_tokens": 1, "temperature": 0.0, "ignore_eos": True},
+        }
+        try:
+            response = self._session.post(self._url, json=body, timeout=self._timeout_s)
+        except requests.RequestException as error:
+            raise BenchmarkError(f"POST {self._url} failed: {error}") from error
+        if not response.ok:
+            raise BenchmarkError(f"POST {self._url} answered HTTP {response.status_code}: {response.text[:300]}")
+        meta = response.json()["meta_info"]
+        finish = meta.get("finish_reason") or {}
+        if finish.get("type") == "abort":
+            raise BenchmarkError(f"the server aborted a prompt of {len(input_ids)} tokens: {finish.get('message')}")
+        return meta["cached_tokens"]
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._session.close()

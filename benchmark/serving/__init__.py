@@ -1,0 +1,1 @@
+"""Benchmarks that measure a running server over HTTP."""

@@ -1,0 +1,1 @@
+"""Joining two attention results over disjoint sets of keys."""

@@ -1,0 +1,1 @@
+"""Bytes of compressed segments -> K and V in the rotated bases."""

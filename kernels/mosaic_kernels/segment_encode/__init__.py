@@ -1,0 +1,1 @@
+"""K and V of whole pages -> the bytes of compressed segments."""

@@ -1,0 +1,161 @@
+"""SGLang attention backend ``mosaic``: SGLang's torch attention on dense pages, ours where a page is mosaic.
+
+Requests without a mosaic page go through the unchanged ``torch_native`` code on translated slots, so that with
+compression off the output is bit-identical to it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+import torch
+from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
+from sglang.srt.mem_cache.memory_pool import KVWriteLoc
+
+from sglang_mosaic.adapter.cpu_platform import is_active as on_plain_cpu
+from sglang_mosaic.cache.mixed_attention import MixedAttention, Sequence
+from sglang_mosaic.page import PAGE_SIZE, pages_for
+
+if TYPE_CHECKING:
+    from sglang.srt.layers.radix_attention import RadixAttention
+    from sglang.srt.model_executor.forward_batch_info import ForwardBatch
+
+
+@dataclasses.dataclass
+class _Plan:
+    """What all layers of one forward share."""
+
+    write_loc: KVWriteLoc
+    rows: torch.Tensor
+    """int64 [requests, longest context]: dense slab row of each token; meaningless where a page is mosaic."""
+    seq_lens: torch.Tensor
+    prefix_lens: torch.Tensor
+    extend_lens: torch.Tensor
+    dense: list[range]
+    """Runs of requests without a mosaic page."""
+    first_query: list[int]
+    """Row of each request's first query, and the total."""
+    mixed: MixedAttention | None
+
+
+class MosaicAttentionBackend(TorchNativeAttnBackend):
+    """One per model runner."""
+
+    def __init__(self, runner: Any) -> None:
+        super().__init__(runner)
+        self.memory = runner.token_to_kv_pool.memory
+        self.start_layer = runner.token_to_kv_pool.start_layer
+        self._plan: _Plan | None = None
+
+    def support_triton(self) -> bool:
+        return not on_plain_cpu()
+
+    def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
+        super().init_forward_metadata(forward_batch)
+        self._plan = None
+        if not forward_batch.forward_mode.is_idle():
+            self._plan = self._make_plan(forward_batch)
+
+    def _make_plan(self, batch: ForwardBatch) -> _Plan:
+        table = self.memory.table
+        seq_lens = batch.seq_lens_cpu if batch.seq_lens_cpu is not None else batch.seq_lens.cpu()
+        lengths = seq_lens.tolist()
+        if batch.forward_mode.is_decode():
+            extend_lens = torch.ones_like(seq_lens)
+        else:
+            extend_lens = batch.extend_seq_lens.cpu()
+        first_query = [0, *torch.cumsum(extend_lens, 0).tolist()]
+        slots = self.req_to_token_pool.req_to_token[batch.req_pool_indices, : max(lengths)]
+        frames = table.frames[slots[:, ::PAGE_SIZE].to(torch.int64) // PAGE_SIZE].cpu()
+
+        mixed = []
+        is_dense = []
+        for i, tokens in enumerate(lengths):
+            own = frames[i, : pages_for(tokens)]
+            is_dense.append(not bool((own >= table.first_mosaic).any()))
+            if not is_dense[-1]:
+                mixed.append(Sequence(own, tokens, first_query[i], first_query[i + 1] - first_query[i]))
+        return _Plan(
+            write_loc=KVWriteLoc(batch.out_cache_loc, full_loc=table.dense_slots(batch.out_cache_loc)),
+            rows=table.dense_slots(slots),
+            seq_lens=seq_lens,
+            prefix_lens=seq_lens - extend_lens,
+            extend_lens=extend_lens,
+            dense=_runs(is_dense),
+            first_query=first_query,
+            mixed=MixedAttention(self.memory, mixed) if mixed else None,
+        )
+
+    def forward_extend(
+        self, q, k, v, layer: RadixAttention, forward_batch: ForwardBatch, save_kv_cache: bool = True
+    ) -> torch.Tensor:
+        self._observe(q, layer)
+        return self._attend(q, k, v, layer, save_kv_cache, self._extend_run)
+
+    def forward_decode(
+        self, q, k, v, layer: RadixAttention, forward_batch: ForwardBatch, save_kv_cache: bool = True
+    ) -> torch.Tensor:
+        return self._attend(q, k, v, layer, save_kv_cache, self._decode_run)
+
+    def _attend(self, q, k, v, layer: RadixAttention, save_kv_cache: bool, run_dense) -> torch.Tensor:
+        plan = self._plan
+        if save_kv_cache and k is not None and v is not None:
+            self.token_to_kv_pool.set_kv_buffer(layer, plan.write_loc, k, v)
+        queries = q.reshape(-1, layer.tp_q_head_num, layer.qk_head_dim)
+        out = q.new_empty(queries.shape[0], layer.tp_q_head_num, layer.v_head_dim)
+        for run in plan.dense:
+            tokens = slice(plan.first_query[run.start], plan.first_query[run.stop])
+            run_dense(queries[tokens], out[tokens], layer, run)
+        if plan.mixed is not None:
+            plan.mixed.run(layer.layer_id - self.start_layer, queries, out, layer.scaling)
+        return out.view(-1, layer.tp_q_head_num * layer.v_head_dim)
+
+    def _decode_run(self, q: torch.Tensor, out: torch.Tensor, layer: RadixAttention, run: range) -> None:
+        self._run_sdpa_forward_decode(
+            q,
+            out,
+            self.token_to_kv_pool.get_key_buffer(layer.layer_id),
+            self.token_to_kv_pool.get_value_buffer(layer.layer_id),
+            self._plan.rows,
+            torch.arange(run.start, run.stop),
+            self._plan.seq_lens[run.start : run.stop],
+            scaling=layer.scaling,
+            enable_gqa=layer.tp_q_head_num != layer.tp_k_head_num,
+            causal=False,
+        )
+
+    def _extend_run(self, q: torch.Tensor, out: torch.Tensor, layer: RadixAttention, run: range) -> None:
+        self._run_sdpa_forward_extend(
+            q,
+            out,
+            self.token_to_kv_pool.get_key_buffer(layer.layer_id),
+            self.token_to_kv_pool.get_value_buffer(layer.layer_id),
+            self._plan.rows,
+            torch.arange(run.start, run.stop),
+            self._plan.seq_lens[run.start : run.stop],
+            self._plan.prefix_lens[run.start : run.stop],
+            self._plan.extend_lens[run.start : run.stop],
+            scaling=layer.scaling,
+            enable_gqa=layer.tp_q_head_num != layer.tp_k_head_num,
+            causal=True,
+        )
+
+    def _observe(self, q: torch.Tensor, layer: RadixAttention) -> None:
+        codec = self.memory.codec
+        if self.memory.config.compresses and not codec.calibrated:
+            queries = q.reshape(-1, layer.tp_q_head_num, layer.qk_head_dim)
+            codec.observe_queries(layer.layer_id - self.start_layer, queries)
+
+
+def _runs(flags: list[bool]) -> list[range]:
+    """Maximal runs of true flags."""
+    runs: list[range] = []
+    for i, flag in enumerate(flags):
+        if not flag:
+            continue
+        if runs and runs[-1].stop == i:
+            runs[-1] = range(runs[-1].start, i + 1)
+        else:
+            runs.append(range(i, i + 1))
+    return runs

@@ -1,0 +1,56 @@
+"""Factories that SGLang calls for ``--attention-backend mosaic`` and ``--radix-cache-backend mosaic``."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+
+def create_attention_backend(runner: Any) -> Any:
+    """Attention backend of one model runner; also puts the pool's bracket around the runner's forward.
+
+    Raises:
+        SystemExit: a hook did not take, or a layer of the model cannot be served.
+    """
+    from sglang.srt.layers.radix_attention import RadixAttention
+
+    from sglang_mosaic.adapter import hooks, refusals
+    from sglang_mosaic.adapter.attention import MosaicAttentionBackend
+    from sglang_mosaic.adapter.kv_pool import MosaicKVPool
+
+    hooks.verify()
+    if not isinstance(runner.token_to_kv_pool, MosaicKVPool):
+        raise SystemExit(
+            f"sglang_mosaic: SGLang built a {type(runner.token_to_kv_pool).__name__} instead of the mosaic pool; "
+            "another plugin replaces it; remove that plugin."
+        )
+    for module in runner.model.modules():
+        why = refusals.unsupported_layer(module) if isinstance(module, RadixAttention) else None
+        if why is not None:
+            refusals.refuse(f"this model ({why})", "choose another model, or another --attention-backend")
+    _bracket_forward(runner)
+    return MosaicAttentionBackend(runner)
+
+
+def create_radix_cache(context: Any) -> Any:
+    """Radix cache over logical pages."""
+    from sglang_mosaic.adapter.radix_cache import MosaicRadixCache
+
+    return MosaicRadixCache(context.params)
+
+
+def _bracket_forward(runner: Any) -> None:
+    # On the instance: a class-level hook on ModelRunner cannot be installed that early (circular import). It runs
+    # inside SGLang's forward stream, after that stream has waited for the scheduler's.
+    memory = runner.token_to_kv_pool.memory
+    forward = runner.forward
+
+    @functools.wraps(forward)
+    def bracketed(forward_batch: Any, *args: Any, **kwargs: Any) -> Any:
+        memory.begin_forward()
+        output = forward(forward_batch, *args, **kwargs)
+        if forward_batch.out_cache_loc is not None:
+            memory.forward_launched(forward_batch.out_cache_loc)
+        return output
+
+    runner.forward = bracketed

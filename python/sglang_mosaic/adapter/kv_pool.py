@@ -1,0 +1,81 @@
+"""SGLang's KV pool over frames: it is addressed by logical slots and stores dense frames and mosaics."""
+
+from __future__ import annotations
+
+import torch
+from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, unwrap_write_loc
+
+from sglang_mosaic.adapter.geometry import Geometry
+from sglang_mosaic.cache.memory import PageMemory
+from sglang_mosaic.config import MosaicConfig
+from sglang_mosaic.layout import MemoryPlan
+from sglang_mosaic.page import PAGE_SIZE
+
+_PHYSICAL_ROWS = (
+    "get_contiguous_buf_infos",
+    "get_cpu_copy",
+    "load_cpu_copy",
+    "move_kv_cache",
+    "set_kv_buffer_prefix_valid",
+)
+
+
+class MosaicKVPool(MHATokenToKVPool):
+    """``k_buffer`` / ``v_buffer`` hold the dense frames, ``[(dense_frames + 1) * 64, kv_heads, dim]`` per layer;
+    ``memory`` holds everything else. ``size`` is in logical tokens, as SGLang's accounting expects."""
+
+    def __init__(self, plan: MemoryPlan, config: MosaicConfig, geometry: Geometry) -> None:
+        self._dense_rows = (plan.dense_frames + 1) * PAGE_SIZE
+        super().__init__(
+            plan.logical_tokens,
+            page_size=PAGE_SIZE,
+            dtype=geometry.dtype,
+            head_num=geometry.kv_heads,
+            head_dim=geometry.k_dim,
+            v_head_dim=geometry.v_dim,
+            layer_num=geometry.layers,
+            device=geometry.device,
+            enable_memory_saver=False,
+            start_layer=geometry.start_layer,
+            end_layer=geometry.end_layer,
+            enable_alt_stream=False,
+        )
+        self.memory = PageMemory(plan, config, geometry.codec(), self.k_buffer, self.v_buffer)
+        self._finalize_allocation_log(plan.logical_tokens)
+
+    def _kv_buffer_shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        return (
+            (self._dense_rows, self.head_num, self.head_dim),
+            (self._dense_rows, self.head_num, self.v_head_dim),
+        )
+
+    def get_kv_size_bytes(self) -> tuple[int, int]:
+        """Bytes of (dense frames, mosaic frames with the codec's tables)."""
+        dense = sum(buffer.nbytes for buffer in (*self.k_buffer, *self.v_buffer))
+        memory = getattr(self, "memory", None)  # SGLang logs the size once before ``memory`` exists
+        return dense, memory.mosaic_bytes if memory is not None else 0
+
+    def set_kv_buffer(self, layer, loc_info, cache_k: torch.Tensor, cache_v: torch.Tensor, *args, **kwargs) -> None:
+        """Write K and V ``[tokens, kv_heads, dim]`` to the dense frames of their logical slots.
+
+        ``loc_info.full_loc`` may carry the translated rows, which the attention backend computes once a forward.
+        """
+        slots, _, rows = unwrap_write_loc(loc_info)
+        if rows is None:
+            rows = self.memory.table.dense_slots(slots)
+        super().set_kv_buffer(layer, rows, cache_k, cache_v, *args, **kwargs)
+
+
+def _refuse(name: str):
+    def refused(self, *args, **kwargs):
+        raise NotImplementedError(
+            f"MosaicKVPool.{name}: a logical slot of the mosaic cache has no physical row of its own; "
+            "serve this feature without --attention-backend mosaic."
+        )
+
+    refused.__name__ = name
+    return refused
+
+
+for _name in _PHYSICAL_ROWS:
+    setattr(MosaicKVPool, _name, _refuse(_name))

@@ -1,0 +1,77 @@
+"""What the scheduler tells us and we tell the world: recent windows, the idle audit, statistics."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from sglang_mosaic.adapter.arguments import selects_mosaic
+from sglang_mosaic.cache.memory import PageMemory
+from sglang_mosaic.page import PAGE_SIZE
+
+logger = logging.getLogger(__name__)
+
+
+def after_scheduler_init(_result: None, self: Any, *args: Any, **kwargs: Any) -> None:
+    """Connect the pool with the scheduler that fills it."""
+    if selects_mosaic(self.server_args):
+        memory = memory_of(self.token_to_kv_pool_allocator)
+        memory.set_recent_pages(RecentPages(self, memory.config.window_pages))
+
+
+def memory_of(allocator: Any) -> PageMemory:
+    """The page memory behind one of our allocators."""
+    return allocator.get_kvcache().memory
+
+
+class RecentPages:
+    """Pages in the last ``window_pages`` pages of every request that is running or being prefilled.
+
+    Reads page numbers back from the device, which costs a synchronisation of the scheduler's stream; the pool asks
+    only when it has to encode.
+    """
+
+    def __init__(self, scheduler: Any, window_pages: int) -> None:
+        self.scheduler = scheduler
+        self.window_pages = window_pages
+
+    def __call__(self) -> set[int]:
+        table = self.scheduler.req_to_token_pool.req_to_token
+        pages: set[int] = set()
+        for request in self._requests():
+            if request.req_pool_idx is None or request.kv is None:
+                continue
+            last = (request.kv.kv_allocated_len - 1) // PAGE_SIZE
+            first = max(last - self.window_pages + 1, 0)
+            slots = table[request.req_pool_idx, first * PAGE_SIZE : (last + 1) * PAGE_SIZE : PAGE_SIZE]
+            pages.update((slots // PAGE_SIZE).tolist())
+        return pages
+
+    def _requests(self) -> set[Any]:
+        scheduler = self.scheduler
+        requests = set()
+        for batch in (scheduler.running_batch, scheduler.last_batch):
+            if batch is not None:
+                requests.update(batch.reqs)
+        if scheduler.chunked_req is not None:
+            requests.add(scheduler.chunked_req)
+        return requests
+
+
+def after_idle_check(_result: None, self: Any) -> None:
+    """Audit the pool where SGLang checks its own accounting: nothing runs, everything is either cached or free."""
+    if not selects_mosaic(self.server_args):
+        return
+    memory = memory_of(self.token_to_kv_pool_allocator)
+    if memory.config.audit and memory.changed_since_audit:
+        tree_pages = self.tree_cache.pages() if hasattr(self.tree_cache, "pages") else ()
+        memory.audit(self.token_to_kv_pool_allocator.host_free_pages(), tree_pages)
+        logger.info("sglang_mosaic audit %d clean", memory.audits)
+
+
+def around_get_internal_state(original, self, recv_req):
+    """Add ``mosaic`` to the state that /get_server_info shows."""
+    output = original(self, recv_req)
+    if selects_mosaic(self.server_args):
+        output.internal_state["mosaic"] = memory_of(self.token_to_kv_pool_allocator).stats()
+    return output
