@@ -5,7 +5,7 @@
 #   PYTHON  the Python to build it with, 3.10 or newer (default: python3.11, else python3)
 #
 # pip's own settings (PIP_INDEX_URL, PIP_FIND_LINKS, pip.conf) hold here too: where they offer a CPU build of torch,
-# it is taken; the CUDA build works as well, but is a far larger download.
+# it is taken; elsewhere pip takes the far larger CUDA build.
 #
 # Running it again takes no time unless a requirement changed. Where $PYTHON (default: python3) already has SGLang
 # 0.5.17 and a torch that sees a GPU, no environment is built: the project goes into that installation.
@@ -99,6 +99,11 @@ step "[3/5] SGLang 0.5.17 without its CUDA dependencies" --no-deps -r requiremen
 say "pip is about to report conflicts with the CUDA packages that SGLang declares: they are left out on purpose."
 step "[4/5] what it imports on a CPU" -r requirements/cpu.txt
 step "[5/5] sglang_mosaic, editable" --no-deps --no-build-isolation -e .
+# SGLang's spawned processes import torchvision before they load any plugin (see torchvision_compat.py). The name sorts
+# behind the editable install's own path file, which makes the package importable.
+site=$("$VENV/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+echo 'import sglang_mosaic.torchvision_compat; sglang_mosaic.torchvision_compat.declare_on_import()' \
+    >"$site/zz_sglang_mosaic_cpu.pth"
 
 printf '%s\n' "$wanted" >"$STAMP"
 rm -f "$UNFINISHED"

@@ -11,6 +11,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmark.serving import cache_capacity
 from benchmark.serving.capacity_probe import Prompts, measure_held
 
 
@@ -72,3 +73,15 @@ def test_prompts_are_distinct_from_the_first_token() -> None:
     assert len({prompts[index][0] for index in range(200)}) == 200
     assert prompts[3] == prompts[3]
     assert {len(prompts[index]) for index in range(5)} == {129}
+
+
+def test_ratio_is_given_with_its_bounds() -> None:
+    def result(held: int) -> dict[str, dict[str, int]]:
+        return {"summary": {"held_tokens": held, "held_tokens_at_most": held + 320}}
+
+    results = {"stock": result(3840), "mosaic": result(12800)}
+    assert cache_capacity.ratio_range(results) == pytest.approx((12800 / 4160, 13120 / 3840))
+    text = cache_capacity.describe(results)
+    assert "between 3.077 and 3.417" in text
+    assert "stock: the count is coarse, 3,840 to 4,160 tokens" in text
+    assert cache_capacity.ratio_range({"server": result(1)}) is None

@@ -86,8 +86,12 @@ def test_ratios_and_figures_cover_every_figure() -> None:
 class FakeServer:
     """Counts words as tokens; reports as cached the longest prefix of messages that it has seen."""
 
-    def __init__(self, fail_on: int | None = None, takes_ignore_eos: bool = True) -> None:
+    def __init__(
+        self, fail_on: int | None = None, takes_ignore_eos: bool = True, info: dict[str, Any] | None = None
+    ) -> None:
         self.requests: list[dict[str, Any]] = []
+        self.flushes = 0
+        self._info = info
         self._fail_on = fail_on
         self._takes_ignore_eos = takes_ignore_eos
         self._seen: set[str] = set()
@@ -109,6 +113,9 @@ class FakeServer:
         app = web.Application()
         app.router.add_get("/v1/models", self._models)
         app.router.add_post("/v1/chat/completions", self._chat)
+        app.router.add_post("/flush_cache", self._flush)
+        if self._info is not None:
+            app.router.add_get("/server_info", self._server_info)
         runner = web.AppRunner(app)
         self._loop.run_until_complete(runner.setup())
         self._loop.run_until_complete(web.TCPSite(runner, "127.0.0.1", self.port).start())
@@ -119,6 +126,14 @@ class FakeServer:
 
     async def _models(self, request: web.Request) -> web.Response:
         return web.json_response({"data": [{"id": "fake-model"}]})
+
+    async def _flush(self, request: web.Request) -> web.Response:
+        self.flushes += 1
+        self._seen.clear()
+        return web.Response()
+
+    async def _server_info(self, request: web.Request) -> web.Response:
+        return web.json_response(self._info)
 
     async def _chat(self, request: web.Request) -> web.StreamResponse:
         body = await request.json()
@@ -222,3 +237,56 @@ def test_chat_does_without_ignore_eos(tmp_path: Path, capsys: pytest.CaptureFixt
 def test_chat_without_a_server_says_what_to_check(capsys: pytest.CaptureFixture[str]) -> None:
     assert shared_prefix_chat.main(["--url", f"http://127.0.0.1:{free_port()}"]) == 2
     assert "check --url" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("fail_on", [None, 0], ids=["equal-work", "a-failure"])
+def test_chat_compares_two_servers_in_turn(
+    fail_on: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The whole --compare path; only the server processes are replaced."""
+    started: list[tuple[list[str], FakeServer]] = []
+
+    class FakeProcess:
+        def __init__(self, argv: list[str], url: str, log_path: Path, health_timeout_s: float) -> None:
+            info = {
+                "attention_backend": "mosaic" if "sglang_mosaic.launch_server" in argv else "fa3",
+                "enable_cache_report": True,
+                "internal_states": [{"memory_usage": {"kvcache": 0.1}}],
+            }
+            self._server = FakeServer(fail_on=fail_on if started else None, info=info)
+            self.url = f"http://127.0.0.1:{self._server.port}"
+            started.append((argv, self._server))
+
+        def __enter__(self) -> FakeProcess:
+            self._server.__enter__()
+            return self
+
+        def __exit__(self, *details: object) -> None:
+            self._server.__exit__()
+
+        def check_alive(self) -> None:
+            """It is a thread of the test."""
+
+    monkeypatch.setattr(compare, "ServerProcess", FakeProcess)
+    config = {"num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 256}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    argv = ["--compare", "--model-path", str(tmp_path), "--kv-tokens", "8192", "--json", str(tmp_path / "r.json")]
+    sizes = ["--users", "2", "--turns", "2", "--system-tokens", "110", "--user-tokens", "11", "--output-tokens", "3"]
+    status = shared_prefix_chat.main([*argv, *sizes, "--png", str(tmp_path / "r.png")])
+
+    report = json.loads((tmp_path / "r.json").read_text())
+    assert list(report["systems"]) == ["stock", "mosaic"]
+    assert [server.flushes for _, server in started] == [1, 1]
+    assert "8192" in started[0][0] and "16.0" in started[1][0]
+    assert report["systems"]["mosaic"]["server"]["kv_bytes_requested"] == 16 << 20
+    assert str(tmp_path) not in (tmp_path / "r.json").read_text()
+    if fail_on is None:
+        assert status == 0
+        first, second = (server.requests for _, server in started)
+        assert [body["messages"][:2] for body in first[:2]] == [body["messages"][:2] for body in second[:2]]
+        assert report["ratio"]["completed_turns"] == report["ratio"]["hit_rate"] == 1
+        assert "mosaic/stock" in capsys.readouterr().out
+    else:
+        assert status == 1
+        assert len(report["gate"]["failures"]) == 2
+        assert "completed turns must be 4 on every system, found: stock 4, mosaic 2" in capsys.readouterr().err

@@ -31,6 +31,9 @@ from benchmark.common.script import run_script
 from benchmark.common.stats import ratio
 from benchmark.serving.capacity_probe import PAGE_TOKENS, Prompts, measure_held
 
+# Above this share of the count, its uncertainty (one prompt and a page) is pointed out.
+COARSE_SHARE = 0.02
+
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """The options; exits with argparse's message on a bad one."""
@@ -113,7 +116,7 @@ def measure(url: str, args: argparse.Namespace) -> dict[str, Any]:
         **held,
         "max_total_num_tokens": capacity,
         "held_share_of_max": ratio(held["held_tokens"], capacity),
-        "resolution_tokens": args.prompt_tokens + PAGE_TOKENS,
+        "held_tokens_at_most": held["held_tokens"] + args.prompt_tokens + PAGE_TOKENS,
     }
     return {"summary": summary, "overfilled": overfilled, "rows": rows}
 
@@ -138,13 +141,50 @@ def gate(results: dict[str, dict[str, Any]]) -> list[str]:
     ]
 
 
+def ratio_range(results: dict[str, dict[str, Any]]) -> tuple[float, float] | None:
+    """Least and greatest sglang_mosaic/stock that the two counts allow; None unless both ran and held something."""
+    if compare.STOCK not in results or compare.MOSAIC not in results:
+        return None
+    stock, mosaic = results[compare.STOCK]["summary"], results[compare.MOSAIC]["summary"]
+    if not stock["held_tokens"]:
+        return None
+    return (
+        mosaic["held_tokens"] / stock["held_tokens_at_most"],
+        mosaic["held_tokens_at_most"] / stock["held_tokens"],
+    )
+
+
+def describe(results: dict[str, dict[str, Any]]) -> str:
+    """The table, and how exact its counts are."""
+    lines = ["", compare.figures_table(results)]
+    bounds = ratio_range(results)
+    if bounds is not None:
+        lines.append(f"held tokens, {compare.MOSAIC}/{compare.STOCK}: between {bounds[0]:.3f} and {bounds[1]:.3f}")
+    for name, result in results.items():
+        held, at_most = (result["summary"][key] for key in ("held_tokens", "held_tokens_at_most"))
+        if at_most - held > COARSE_SHARE * held:
+            lines.append(
+                f"{name}: the count is coarse, {held:,} to {at_most:,} tokens; for a finer one pass a smaller "
+                "--prompt-tokens or give the server more KV memory"
+            )
+    return "\n".join(lines)
+
+
 def draw(results: dict[str, dict[str, Any]]) -> Figure:
-    """Bars: tokens held by each system, with the number and the KV memory on them."""
+    """Bars: tokens held by each system and how many more it may be, with the count and the KV memory on them."""
     figure = new_figure(1)
     axis = figure.axes[0]
     summaries = {name: result["summary"] for name, result in results.items()}
     heights = [summary["held_tokens"] for summary in summaries.values()]
-    bars = axis.bar(list(summaries), heights, color=[COLOURS[name] for name in summaries], width=0.55)
+    slack = [summary["held_tokens_at_most"] - summary["held_tokens"] for summary in summaries.values()]
+    bars = axis.bar(
+        list(summaries),
+        heights,
+        yerr=[[0] * len(slack), slack],
+        color=[COLOURS[name] for name in summaries],
+        width=0.55,
+        capsize=4,
+    )
     mib = [summary["kv_mib"] for summary in summaries.values()]
     labels = [f"{h:,}" + (f"\nin {m:.0f} MiB" if m else "") for h, m in zip(heights, mib, strict=True)]
     axis.bar_label(bars, labels, padding=3)
@@ -156,9 +196,6 @@ def draw(results: dict[str, dict[str, Any]]) -> Figure:
 def main(argv: list[str] | None = None) -> int:
     """Run the script; returns the exit status."""
     args = parse_arguments(argv)
-
-    def describe(results: dict[str, dict[str, Any]]) -> str:
-        return "\n" + compare.figures_table(results)
 
     return run_script(
         "cache_capacity",

@@ -7,8 +7,9 @@ from functools import cached_property
 
 GROUP = 16  # channels that share a bit width
 WIDTHS = (0, 2, 4, 8)  # bits per value that a group may get
-ALIGNMENT = 16  # bytes; a segment starts and ends on such a border (one vector load of a GPU)
-EXCEPTION_BYTES = 2  # bytes per channel of an exception vector (bfloat16)
+V_BLOCK = 32  # channels of one token's V that share a scale and an offset
+OFFSET_STEP = 0.25  # unit of V's offsets, in scales
+ALIGNMENT = 16  # bytes; a segment's length is a multiple of it (one vector load of a GPU)
 
 
 @dataclass(frozen=True)
@@ -16,27 +17,30 @@ class TensorPlanes:
     """Where the parts of K or of V lie in a segment. Offsets are bytes from the start of the segment.
 
     Channels are ordered by bit width: [0, wide) have 8 bits, [wide, nibble) have 4, [nibble, coded) have 2 and
-    [coded, dim) have none, only their offset. Planes are token-major, so that one token's codes are consecutive:
+    [coded, dim) have none. Planes are token-major, so that one token's codes are consecutive:
 
     - `nibbles` [page_size, nibble/2] uint8: the 4 leading bits; byte j holds channel j (low half) and j + nibble/2;
     - `crumbs` [page_size, (coded-nibble)/4] uint8: 2 bits; byte j holds channels j + i*(coded-nibble)/4, i = 0..3,
       lowest bits first, counted from channel `nibble`;
-    - `low_nibbles` [page_size, wide/2] uint8: the 4 trailing bits of 8-bit channels, packed as `nibbles`;
-    - `scales` [coded] float16 and `offsets` [dim] float16: value = offset + code * scale;
-    - `exception` [dim] bfloat16 and `exception_index` [1] uint8, present if the format has exceptions.
+    - `low_nibbles` [page_size, wide/2] uint8: the 4 trailing bits of 8-bit channels, packed as `nibbles`.
+
+    A decoded value is affine in its code, per channel for K and per token and block of 32 channels for V:
+
+    - K: `offset + code * scale`, `scales` [coded] float16, `offsets` [dim] float16 (the value itself without a code);
+    - V: `(code + offset / 4) * scale`, `scales` [page_size, blocks] uint8, `offsets` [page_size, blocks] int8. A scale
+      byte is the upper half of a positive float16 (`byte << 7` are its bits); channels without a code are 0.
     """
 
     dim: int
     wide: int
     nibble: int
     coded: int
+    blocks: int
     nibbles: int
     crumbs: int
     low_nibbles: int
     scales: int
     offsets: int
-    exception: int
-    exception_index: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,12 +48,10 @@ class SegmentFormat:
     """Fixed format of a segment; equal formats have equal bytes.
 
     Args:
-        page_size: tokens per segment, 1 to 256.
+        page_size: tokens per segment.
         k_dim, v_dim: channels of K and V, multiples of 16.
         k_bits, v_bits: bits per value of each 16-channel group, from {0, 2, 4, 8}, never increasing (the bases sort
-            channels by energy).
-        exceptions: keep one token's K and one token's V at bfloat16 beside the planes (attention sinks and massive
-            activations would otherwise stretch the scale of all their neighbours).
+            channels by energy). The two groups of a block of 32 channels of V have the same.
 
     Raises:
         ValueError: naming the argument.
@@ -60,13 +62,14 @@ class SegmentFormat:
     v_dim: int
     k_bits: tuple[int, ...]
     v_bits: tuple[int, ...]
-    exceptions: bool = False
 
     def __post_init__(self) -> None:
-        if not 1 <= self.page_size <= 256:
-            raise ValueError(f"page_size must be 1 to 256 tokens (one index byte), got {self.page_size}")
+        if self.page_size < 1:
+            raise ValueError(f"page_size must be at least 1 token, got {self.page_size}")
         for name in ("k", "v"):
             _check_bits(name, getattr(self, f"{name}_dim"), getattr(self, f"{name}_bits"))
+        if any(a != b for a, b in zip(self.v_bits[::2], self.v_bits[1::2], strict=False)):
+            raise ValueError(f"v_bits must be equal within each block of {V_BLOCK} channels, got {self.v_bits}")
 
     @cached_property
     def k(self) -> TensorPlanes:
@@ -95,8 +98,6 @@ class SegmentFormat:
 
     @cached_property
     def _layout(self) -> tuple[TensorPlanes, TensorPlanes, int]:
-        tensors = [(self.k_dim, self.k_bits), (self.v_dim, self.v_bits)]
-        splits = [(dim, *(sum(b >= w for b in bits) * GROUP for w in (8, 4, 2))) for dim, bits in tensors]
         at = 0
 
         def take(nbytes: int) -> int:
@@ -104,21 +105,15 @@ class SegmentFormat:
             at += nbytes
             return at - nbytes
 
-        # Planes first, in falling order of importance: a prefix of the bytes is then the coarse segment. Every plane
-        # is a multiple of 2 bytes long, so the half-precision parts behind them are aligned.
-        planes = [
-            [take(self.page_size * n // 2), take(self.page_size * (c - n) // 4)] for _, _, n, c in splits
-        ]
-        for part, (_, w, _, _) in zip(planes, splits, strict=True):
-            part.append(take(self.page_size * w // 2))
-        for part, (dim, _, _, c) in zip(planes, splits, strict=True):
-            part += [take(2 * c), take(2 * dim)]
-        for part, (dim, *_) in zip(planes, splits, strict=True):
-            part.append(take(EXCEPTION_BYTES * dim if self.exceptions else 0))
-        for part in planes:
-            part.append(take(1 if self.exceptions else 0))
-        k, v = (TensorPlanes(*split, *part) for split, part in zip(splits, planes, strict=True))
-        return k, v, at
+        def planes(dim: int, bits: tuple[int, ...], per_token: bool) -> TensorPlanes:
+            wide, nibble, coded = (sum(b >= w for b in bits) * GROUP for w in (8, 4, 2))
+            blocks = -(-coded // V_BLOCK)
+            starts = [take(self.page_size * n) for n in (nibble // 2, (coded - nibble) // 4, wide // 2)]
+            sizes = [self.page_size * blocks] * 2 if per_token else [2 * coded, 2 * dim]
+            return TensorPlanes(dim, wide, nibble, coded, blocks, *starts, *(take(n) for n in sizes))
+
+        # K first: all of its parts are even, so its float16 parts are aligned.
+        return planes(self.k_dim, self.k_bits, False), planes(self.v_dim, self.v_bits, True), at
 
 
 def _check_bits(name: str, dim: int, bits: tuple[int, ...]) -> None:

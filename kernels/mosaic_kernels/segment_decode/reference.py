@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from mosaic_kernels.segment import SegmentFormat, TensorPlanes
+from mosaic_kernels.segment import OFFSET_STEP, V_BLOCK, SegmentFormat, TensorPlanes
 
 
 def decode(
@@ -42,15 +42,16 @@ def decode(
         y = torch.empty(shape, dtype=dtype, device=data.device) if out is None else out[i]
         if y.shape != shape or y.dtype != dtype or not y.is_contiguous():
             raise ValueError(
-                f"out for {name} must be contiguous {dtype} {shape}, got {y.dtype} {tuple(y.shape)} with strides {y.stride()}"
+                f"out for {name} must be contiguous {dtype} {shape}, got {y.dtype} {tuple(y.shape)}, strides {y.stride()}"
             )
-        _decode_tensor(data, part, fmt, y)
-        results.append(y.transpose(0, 1))
+        # Narrower results are rounded once, from float32.
+        wide = y if dtype == torch.float32 else torch.empty(shape, dtype=torch.float32, device=data.device)
+        _decode_tensor(name, data, part, fmt.page_size, wide)
+        results.append((y if wide is y else y.copy_(wide)).transpose(0, 1))
     return results[0], results[1]
 
 
-def _decode_tensor(data: torch.Tensor, part: TensorPlanes, fmt: SegmentFormat, y: torch.Tensor) -> None:
-    tokens = fmt.page_size
+def _decode_tensor(name: str, data: torch.Tensor, part: TensorPlanes, tokens: int, y: torch.Tensor) -> None:
     if part.nibble:
         half = part.nibble // 2
         plane = _plane(data, part.nibbles, tokens, half)
@@ -68,21 +69,30 @@ def _decode_tensor(data: torch.Tensor, part: TensorPlanes, fmt: SegmentFormat, y
         for i in range(4):
             begin = part.nibble + i * quarter
             y[..., begin : begin + quarter] = plane >> 2 * i & 3
+    if name == "k":
+        _scale_channels(data, part, y)
+    else:
+        _scale_tokens(data, part, tokens, y)
+
+
+def _scale_channels(data: torch.Tensor, part: TensorPlanes, y: torch.Tensor) -> None:
     offsets = _halves(data, part.offsets, part.dim)
-    if part.coded:
-        scales = _halves(data, part.scales, part.coded)
-        coded = y[..., : part.coded]
-        # In float32 even for a narrower result: offset + code * scale is then rounded once.
-        source = coded if y.dtype == torch.float32 else coded.float()
-        coded.copy_(torch.addcmul(offsets[..., : part.coded], source, scales, out=source))
+    scales = _halves(data, part.scales, part.coded)
+    coded = y[..., : part.coded]
+    torch.addcmul(offsets[..., : part.coded], coded, scales, out=coded)
     if part.coded < part.dim:
         y[..., part.coded :] = offsets[..., part.coded :]
-    if fmt.exceptions:
-        at = part.exception
-        vectors = data[..., at : at + 2 * part.dim].contiguous().view(torch.bfloat16)
-        index = data[..., part.exception_index].long().flatten()
-        rows = torch.arange(index.numel(), device=data.device) * tokens + index
-        y.view(-1, part.dim).index_copy_(0, rows, vectors.view(-1, part.dim).to(y.dtype))
+
+
+def _scale_tokens(data: torch.Tensor, part: TensorPlanes, tokens: int, y: torch.Tensor) -> None:
+    scales = (_plane(data, part.scales, tokens, part.blocks).short() << 7).view(torch.float16).float()
+    offsets = _plane(data, part.offsets, tokens, part.blocks).view(torch.int8) * OFFSET_STEP
+    whole = part.coded // V_BLOCK
+    blocks = y[..., : whole * V_BLOCK].unflatten(-1, (whole, V_BLOCK))
+    blocks.add_(offsets[..., :whole, None]).mul_(scales[..., :whole, None])
+    if whole < part.blocks:  # half a block
+        y[..., whole * V_BLOCK : part.coded].add_(offsets[..., whole:]).mul_(scales[..., whole:])
+    y[..., part.coded :] = 0
 
 
 def _plane(data: torch.Tensor, at: int, tokens: int, row: int) -> torch.Tensor:

@@ -26,29 +26,12 @@ def rotate(x: torch.Tensor, basis: torch.Tensor) -> torch.Tensor:
         [P, H, T, D] float64. Inputs are first rounded to multiples of 2^-20 of their page's and head's largest
         magnitude (2^-23 for a head's basis): below a hundredth of the finest quantisation step that follows.
     """
-    left, left_unit = to_integers(x.permute(0, 2, 1, 3), INPUT_BITS)
-    right, right_unit = to_integers(basis, BASIS_BITS)
+    left, left_unit = _to_integers(x.permute(0, 2, 1, 3), INPUT_BITS)
+    right, right_unit = _to_integers(basis, BASIS_BITS)
     return torch.matmul(left, right).mul_(left_unit).mul_(right_unit)
 
 
-def farthest_token(y: torch.Tensor) -> torch.Tensor:
-    """Token with the largest Euclidean distance from the mean token; the first of several equal ones.
-
-    Args:
-        y: [P, H, T, D] float64.
-
-    Returns:
-        [P, H] int64.
-    """
-    tokens, dim = y.shape[-2:]
-    # |T * y - sum(y)|^2 summed over the channels stays below 2^52.
-    bits = (52 - (dim - 1).bit_length()) // 2 - 1 - (tokens - 1).bit_length()
-    integers, _ = to_integers(y, bits)
-    deviation = integers * tokens - integers.sum(-2, keepdim=True)
-    return deviation.square_().sum(-1).argmax(-1)
-
-
-def to_integers(x: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _to_integers(x: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Integers of at most 2^bits in magnitude, per matrix of the last two dimensions.
 
     Args:

@@ -1,39 +1,77 @@
-"""Asymmetric uniform quantisation per channel of a segment (KIVI, arXiv 2402.02750, for keys; here for values too)."""
+"""Asymmetric uniform quantisation: keys per channel, values per token, as in KIVI (arXiv 2402.02750).
+
+Levels run from end to end of the range, both ends included: the tokens at the ends are those that attention looks at.
+Levels in the middle of equal bins have the smaller worst case, and twice the measured error in the attention output.
+"""
 
 from __future__ import annotations
 
 import torch
 
+from mosaic_kernels.segment import OFFSET_STEP, V_BLOCK
 
-def quantise(
-    y: torch.Tensor, levels: torch.Tensor, exception: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Codes, scales and offsets with |offset + code * scale - y| <= scale / 2 + float16 rounding.
+INFINITE_SCALE = 0x7C00 >> 7  # scale byte of float16's infinity
+_LARGEST_OFFSET = 127 * OFFSET_STEP
 
-    Codes are bin centres: `levels` bins share the range evenly. That is a smaller worst case than levels from end to
-    end, (max - min) / (2 levels) against (max - min) / (2 levels - 2), and makes the leading bits of a code the code
-    of a coarser quantiser. The quantiser uses the scale and the offset as rounded to float16, the decoder's values.
+
+def quantise_channels(y: torch.Tensor, levels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """One scale and offset per channel of the segment: |offset + code * scale - y| <= scale / 2 + float16 rounding.
+
+    Keys: a channel is similar over neighbouring tokens and differs between channels. The codes belong to the scale
+    and the offset as rounded to float16, which is what the decoder sees.
 
     Args:
         y: [P, H, T, D] float32.
         levels: [D] float32, 2^bits of each channel; 1 stores the middle of the range alone.
-        exception: [P, H] int64, a token left out of the ranges, or None. Its codes mean nothing.
 
     Returns:
         codes [P, H, T, D] uint8, scales and offsets [P, H, D] float16. A channel whose range is below float16's
-        smallest step gets scale 0 and its middle as offset. Ranges beyond float16 give infinite scales or offsets.
+        smallest step has scale 0 and its middle as offset. Ranges beyond float16 give infinite scales or offsets.
     """
     low, high = y.amin(-2), y.amax(-2)
-    if exception is not None and y.shape[-2] > 1:
-        rest = torch.arange(y.shape[-2], device=y.device) != exception[..., None]
-        rest = rest[..., None]
-        low = torch.where(rest, y, torch.inf).amin(-2)
-        high = torch.where(rest, y, -torch.inf).amax(-2)
-    scales = ((high - low) / levels).half()
+    # A difference of two finite floats may overflow, the difference of their halves does not.
+    scales = ((high * 0.5 - low * 0.5) / (levels - 1).clamp_min(1) * 2).half()
     scales = torch.where(levels > 1, scales, 0)
-    # Centred, so that the rounding of the scale is shared by both ends.
-    offsets = ((low + high) * 0.5 - scales.float() * ((levels - 1) * 0.5)).half()
-    divisor = torch.where(scales > 0, scales, 1).float()
-    codes = (y - offsets.float()[..., None, :]).div_(divisor[..., None, :]).round_()
+    # Centred, so that both ends share what the scale lost by rounding.
+    offsets = (low * 0.5 + high * 0.5 - scales.float() * ((levels - 1) * 0.5)).half()
+    codes = _codes(y - offsets.float()[..., None, :], scales.float()[..., None, :], levels)
+    return codes, scales, offsets
+
+
+def quantise_tokens(y: torch.Tensor, levels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """One scale and offset per token and block of 32 channels: |(code + offset / 4) * scale - y| <= 5/8 scale.
+
+    Values: attention sinks have values far smaller than their neighbours' and most of the attention mass, so a scale
+    shared between tokens multiplies into the output. Scales are rounded up to 3 bits of mantissa.
+
+    Args:
+        y: [P, H, T, D] float32, the coded channels alone.
+        levels: [D] float32, 2^bits >= 4 of each channel, equal within a block.
+
+    Returns:
+        codes [P, H, T, D] uint8, scales [P, H, T, blocks] uint8 (`byte << 7` are the bits of a float16) and offsets
+        [P, H, T, blocks] int8 in quarters of a scale. Ranges beyond float16 give the byte of infinity, 248.
+    """
+    codes, scales, offsets = [], [], []
+    for block, n in zip(y.split(V_BLOCK, -1), levels.split(V_BLOCK), strict=True):
+        low, high = block.amin(-1, keepdim=True), block.amax(-1, keepdim=True)
+        # Large enough for the range, and for the offset to fit into its byte.
+        needed = torch.maximum((high * 0.5 - low * 0.5) / (n[:1] - 1) * 2, low.abs() / _LARGEST_OFFSET)
+        scale_byte = needed.half().view(torch.int16) + 127 >> 7
+        scale = (scale_byte << 7).view(torch.float16).float()
+        offset = (low / _divisor(scale) / OFFSET_STEP).round_().clamp_(-128, 127)
+        codes.append(_codes(block - offset * OFFSET_STEP * scale, scale, n))
+        scales.append(scale_byte.byte())
+        offsets.append(offset.char())
+    return torch.cat(codes, -1), torch.cat(scales, -1), torch.cat(offsets, -1)
+
+
+def _codes(above: torch.Tensor, scales: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:
+    """Nearest code of values `above` their offset. `above` is overwritten."""
+    codes = above.div_(_divisor(scales)).round_()
     # As tensors: clamp() takes a tensor for both ends or for none.
-    return codes.clamp_(torch.zeros_like(levels), levels - 1).byte(), scales, offsets
+    return codes.clamp_(torch.zeros_like(levels), levels - 1).byte()
+
+
+def _divisor(scales: torch.Tensor) -> torch.Tensor:
+    return torch.where(scales > 0, scales, 1.0)

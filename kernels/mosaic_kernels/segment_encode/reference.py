@@ -1,12 +1,12 @@
-"""Reference encoder: rotate, pick the exception, quantise, pack. Plain torch, any device."""
+"""Reference encoder: rotate, quantise, pack. Plain torch, any device."""
 
 from __future__ import annotations
 
 import torch
 
 from mosaic_kernels.segment import SegmentFormat, TensorPlanes
-from mosaic_kernels.segment_encode.exact import MAX_CHANNELS, farthest_token, rotate
-from mosaic_kernels.segment_encode.quantise import quantise
+from mosaic_kernels.segment_encode.exact import MAX_CHANNELS, rotate
+from mosaic_kernels.segment_encode.quantise import INFINITE_SCALE, quantise_channels, quantise_tokens
 
 _SCRATCH_BYTES = 16 << 20  # size of one float64 temporary; a handful of them exist at a time
 
@@ -47,7 +47,7 @@ def encode(
     for start in range(0, pages, step):
         block = slice(start, start + step)
         for name, x, basis, part in (("k", k, k_basis, fmt.k), ("v", v, v_basis, fmt.v)):
-            _encode_tensor(name, x[block].float(), basis, part, fmt.exceptions, check_finite, data[block])
+            _encode_tensor(name, x[block].float(), basis, part, check_finite, data[block])
     return data
 
 
@@ -56,31 +56,33 @@ def _encode_tensor(
     x: torch.Tensor,
     basis: torch.Tensor,
     part: TensorPlanes,
-    exceptions: bool,
     check_finite: bool,
     data: torch.Tensor,
 ) -> None:
     if check_finite and not torch.isfinite(x).all():
         raise ValueError(f"{name} must be finite in float32, found NaN or infinity")
-    exact = rotate(x, basis)
-    exception = farthest_token(exact) if exceptions else None
-    y = exact.float()
+    y = rotate(x, basis).float()
     levels = torch.ones(part.dim, device=y.device)
     for bits, begin, end in ((8, 0, part.wide), (4, part.wide, part.nibble), (2, part.nibble, part.coded)):
         levels[begin:end] = 2**bits
-    codes, scales, offsets = quantise(y, levels, exception)
-    if check_finite and not (torch.isfinite(scales).all() and torch.isfinite(offsets).all()):
+    if name == "k":
+        codes, scales, offsets = quantise_channels(y, levels)
+        finite = torch.isfinite(scales).all() & torch.isfinite(offsets).all() if check_finite else True
+        _put(data, part.scales, scales[..., : part.coded].contiguous().view(torch.uint8))
+        _put(data, part.offsets, offsets.contiguous().view(torch.uint8))
+    elif part.coded:
+        codes, scales, offsets = quantise_tokens(y[..., : part.coded], levels[: part.coded])
+        finite = (scales < INFINITE_SCALE).all() if check_finite else True
+        _put(data, part.scales, scales.flatten(2))
+        _put(data, part.offsets, offsets.view(torch.uint8).flatten(2))
+    else:
+        return
+    if not finite:
         raise ValueError(
             f"{name} in its basis exceeds the range of float16 scales and offsets: normalise {name}_basis so that "
             "stored values are of moderate magnitude"
         )
     _pack(codes, part, data)
-    _put(data, part.scales, scales[..., : part.coded].contiguous().view(torch.uint8))
-    _put(data, part.offsets, offsets.contiguous().view(torch.uint8))
-    if exception is not None:
-        rows = exception[..., None, None].expand(*exception.shape, 1, part.dim)
-        _put(data, part.exception, y.gather(2, rows).squeeze(2).bfloat16().view(torch.uint8))
-        _put(data, part.exception_index, exception[..., None].byte())
 
 
 def _pack(codes: torch.Tensor, part: TensorPlanes, data: torch.Tensor) -> None:

@@ -64,7 +64,6 @@ class PageMemory:
 
     def free(self, pages: list[int]) -> None:
         """Pages were taken back."""
-        self._seal_written()
         self.lifecycle.free(pages)
 
     def clear(self) -> None:
@@ -156,7 +155,7 @@ class PageMemory:
         }
 
     def _seal_written(self) -> None:
-        # Must run before every allocation and release: a slot list read later could name a page's next life.
+        # Must run before every allocation: read any later, a slot could name the next life of a page freed meanwhile.
         if not self._written:
             return
         slots = torch.cat(self._written)

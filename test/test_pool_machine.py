@@ -1,0 +1,244 @@
+"""A Hypothesis state machine over SGLang's own allocator and radix cache, our page memory, and a plain model.
+
+Requests come with overlapping prefixes, are prefilled in chunks, decode, finish into the tree or are aborted; the tree
+is split, shared and evicted; a small pool keeps pages being encoded all the time. Device work lags behind host
+decisions by one step, as under overlap scheduling. The model knows which value every token must have; whatever a
+running request can see is read back after each forward, dense pages exactly, mosaic pages within the codec's step.
+"""
+
+from __future__ import annotations
+
+from array import array
+from types import SimpleNamespace
+
+import torch
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from sglang_mosaic.torchvision_compat import declare_missing_operators
+
+declare_missing_operators()
+
+from sglang.srt.mem_cache.base_prefix_cache import EvictParams, MatchPrefixParams  # noqa: E402
+from sglang.srt.mem_cache.cache_init_params import CacheInitParams  # noqa: E402
+from sglang.srt.mem_cache.memory_pool import ReqToTokenPool  # noqa: E402
+from sglang.srt.mem_cache.radix_cache import RadixKey  # noqa: E402
+from sglang_mosaic.adapter.allocator import with_page_events  # noqa: E402
+from sglang_mosaic.adapter.cpu_platform_class import cpu_allocator_class  # noqa: E402
+from sglang_mosaic.adapter.radix_cache import MosaicRadixCache  # noqa: E402
+from sglang_mosaic.cache.memory import PageMemory  # noqa: E402
+from sglang_mosaic.codec.planes import PlanesCodec  # noqa: E402
+from sglang_mosaic.config import MosaicConfig  # noqa: E402
+from sglang_mosaic.layout import FrameBytes, MemoryPlan, minimum_dense_frames, reserve_dense_frames  # noqa: E402
+from sglang_mosaic.page import PAGE_SIZE  # noqa: E402
+
+RUNNING, CHUNK, DIM = 3, 2 * PAGE_SIZE, 16
+MEANWHILE = st.sampled_from(["nothing", "evict", "leave"])
+LENGTHS = [1, 63, 64, 65, 127, 128, 129, 200]
+
+
+def token_values(tokens: list[int]) -> torch.Tensor:
+    """K (= V) that a forward writes for these tokens, float [tokens, 16]: depends on the token and its position."""
+    ids = torch.tensor(tokens, dtype=torch.float32)[:, None]
+    place = torch.arange(len(tokens), dtype=torch.float32)[:, None]
+    return torch.sin(ids * 0.7 + place * 0.31 + torch.arange(DIM) * 1.3)
+
+
+class Pool(RuleBasedStateMachine):
+    @initialize(
+        mosaic=st.integers(0, 12), roomy=st.booleans(), windows=st.booleans(), policy=st.sampled_from(["pressure", "seal"])
+    )  # fmt: skip
+    def build(self, mosaic: int, roomy: bool, windows: bool, policy: str) -> None:
+        dense = reserve_dense_frames(RUNNING, CHUNK, 2) if roomy else minimum_dense_frames(RUNNING, CHUNK)
+        plan = MemoryPlan(dense, mosaic, RUNNING, FrameBytes(1, 1))
+        # Poison: reading a dense frame that no forward has written gives NaN.
+        k = [torch.full(((dense + 1) * PAGE_SIZE, 1, DIM), torch.nan)]
+        v = [torch.full(((dense + 1) * PAGE_SIZE, 1, DIM), torch.nan)]
+        self.memory = PageMemory(
+            plan, MosaicConfig(encode=policy, calibration_pages=2), PlanesCodec(1, 1, DIM, DIM), k, v
+        )
+        kv_cache = SimpleNamespace(memory=self.memory)
+        allocator = with_page_events(cpu_allocator_class())
+        self.allocator = allocator(plan.logical_tokens, PAGE_SIZE, torch.float32, "cpu", kv_cache, need_sort=False)
+        self.slots = ReqToTokenPool(RUNNING, 1024, "cpu", enable_memory_saver=False)
+        self.tree = MosaicRadixCache(CacheInitParams(False, self.slots, self.allocator, PAGE_SIZE))
+        self.requests: list[SimpleNamespace] = []
+        self.lagging: tuple[torch.Tensor, torch.Tensor] | None = None
+        if windows:
+            self.memory.set_recent_pages(self._recent_pages)
+
+    # One forward: host decisions are over, device work of the previous forward has happened.
+
+    def forward(self, slots: torch.Tensor, values: torch.Tensor) -> None:
+        self._device_catches_up()
+        self.memory.begin_forward()
+        self._check_reads()
+        self.lagging = (self.memory.table.dense_slots(slots), values)
+        self.memory.forward_launched(slots)
+        for request in self.requests:
+            request.written = request.length
+
+    def _check_reads(self) -> None:
+        """Every running request reads back what earlier forwards wrote for its tokens."""
+        for request in self.requests:
+            row = self.slots.req_to_token[request.req_pool_idx, : request.written].to(torch.int64)
+            wanted = token_values(request.tokens)[: request.written]
+            frames = self.memory.table.frames[row // PAGE_SIZE]
+            dense = frames < self.memory.table.first_mosaic
+            got = self.memory.dense_k[0][(frames * PAGE_SIZE + row % PAGE_SIZE)[dense], 0]
+            assert torch.equal(got, wanted[dense])
+            if not dense.all():
+                k, _ = self.memory.mosaic_segments(0, frames[~dense][::PAGE_SIZE])
+                k = k[:, 0].flatten(0, 1) @ self.memory.codec._bases[0].q_basis[0].T
+                torch.testing.assert_close(k, wanted[~dense], atol=0.35, rtol=0)
+
+    def _device_catches_up(self) -> None:
+        if self.lagging is not None:
+            rows, values = self.lagging
+            assert (rows >= PAGE_SIZE).all() and (rows < len(self.memory.dense_k[0])).all()
+            self.memory.dense_k[0][rows, 0] = values
+            self.memory.dense_v[0][rows, 0] = values
+            self.lagging = None
+
+    def _recent_pages(self) -> set[int]:
+        pages: set[int] = set()
+        for request in self.requests:
+            last = max(request.length - 1, 0) // PAGE_SIZE
+            row = self.slots.req_to_token[request.req_pool_idx]
+            pages.update((row[max(last - 1, 0) * PAGE_SIZE : request.length : PAGE_SIZE] // PAGE_SIZE).tolist())
+        return pages
+
+    # Rules.
+
+    @precondition(lambda self: len(self.requests) < RUNNING)
+    @rule(prefix=st.integers(0, 2), shared=st.sampled_from(LENGTHS), own=st.sampled_from(LENGTHS), seed=st.integers(0, 3))
+    def arrive(self, prefix: int, shared: int, own: int, seed: int) -> None:
+        """A request whose first tokens are one of three common texts."""
+        tokens = [prefix * 1000 + i % 50 for i in range(shared)] + [5000 + seed * 100 + i % 90 for i in range(own)]
+        match = self.tree.match_prefix(MatchPrefixParams(key=RadixKey(array("q", tokens[:-1]))))
+        hit = len(match.device_indices)
+        self.tree.inc_lock_ref(match.last_device_node)
+        if not self._room_for(len(tokens) - hit):
+            self.tree.dec_lock_ref(match.last_device_node)
+            return
+        request = SimpleNamespace(
+            tokens=tokens, length=hit, written=hit, req_pool_idx=None, inflight_middle_chunks=0, kv_committed_len=0, extra_key=None,
+            last_node=match.last_device_node, cache_protected_len=hit, prefix_indices=match.device_indices, priority=0,
+        )  # fmt: skip
+        request.get_fill_ids = lambda: array("q", request.tokens[: request.length])
+        self.slots.alloc([request])
+        self.slots.write((request.req_pool_idx, slice(0, hit)), match.device_indices.to(torch.int32))
+        self.requests.append(request)
+
+    @precondition(lambda self: any(r.length < len(r.tokens) for r in self.requests))
+    @rule(meanwhile=MEANWHILE)
+    def prefill_chunk(self, meanwhile: str) -> None:
+        request = next(r for r in self.requests if r.length < len(r.tokens))
+        end = min(request.length + CHUNK, len(request.tokens))
+        if self._extend([request], [end], meanwhile) and end < len(request.tokens):
+            self.tree.cache_unfinished_req(request, chunked=True)
+
+    @precondition(lambda self: any(r.length == len(r.tokens) for r in self.requests))
+    @rule(token=st.integers(7000, 7005), steps=st.integers(1, 70), meanwhile=MEANWHILE)
+    def decode(self, token: int, steps: int, meanwhile: str) -> None:
+        batch = [r for r in self.requests if r.length == len(r.tokens)]
+        for step in range(steps):
+            if not self._room_for(0, len(batch)):
+                return
+            lengths = torch.tensor([r.length for r in batch])
+            rows = self.slots.req_to_token[[r.req_pool_idx for r in batch]]
+            last = rows[torch.arange(len(batch)), lengths - 1].to(torch.int64)
+            slots = self.allocator.alloc_decode(lengths + 1, lengths + 1, last)
+            for request, slot in zip(batch, slots, strict=True):
+                request.tokens.append(token)
+                self.slots.write((request.req_pool_idx, request.length), slot.to(torch.int32))
+                request.length += 1
+            self._meanwhile(meanwhile if step == 0 else "nothing", batch)
+            self.forward(slots, torch.stack([token_values(r.tokens)[-1] for r in batch]))
+
+    @precondition(lambda self: self.requests)
+    @rule(index=st.integers(0, RUNNING - 1), insert=st.booleans())
+    def leave(self, index: int, insert: bool) -> None:
+        """Finish (the tree keeps the full pages) or abort, at any stage of the request."""
+        request = self.requests.pop(index % len(self.requests))
+        request.origin_input_ids, request.output_ids = array("q", request.tokens), array("q")
+        self.tree.cache_finished_req(request, is_insert=insert, kv_len_to_handle=request.length)
+        self.slots.free(request)
+
+    @rule(tokens=st.sampled_from([1, 64, 300, 10_000]))
+    def evict(self, tokens: int) -> None:
+        self.tree.evict(EvictParams(num_tokens=tokens))
+
+    @precondition(lambda self: not self.requests)
+    @rule()
+    def flush(self) -> None:
+        self._device_catches_up()
+        self.tree.reset()
+        self.allocator.clear()
+
+    def _extend(self, batch: list[SimpleNamespace], ends: list[int], meanwhile: str) -> bool:
+        starts = [r.length for r in batch]
+        if not self._room_for(sum(ends) - sum(starts)):
+            return False
+        prefix, total = torch.tensor(starts), torch.tensor(ends)
+        rows = self.slots.req_to_token[[r.req_pool_idx for r in batch]]
+        last = torch.where(prefix > 0, rows[torch.arange(len(batch)), (prefix - 1).clamp_min(0)].to(torch.int64), -1)
+        slots = self.allocator.alloc_extend(prefix, prefix, total, total, last, sum(ends) - sum(starts))
+        values, first = [], 0
+        for request, start, end in zip(batch, starts, ends, strict=True):
+            self.slots.write((request.req_pool_idx, slice(start, end)), slots[first : first + end - start].to(torch.int32))
+            request.length = end
+            values.append(token_values(request.tokens)[start:end])
+            first += end - start
+        self._meanwhile(meanwhile, batch)
+        self.forward(slots, torch.cat(values))
+        return True
+
+    def _meanwhile(self, what: str, batch: list[SimpleNamespace]) -> None:
+        """What the scheduler may do between an allocation and the forward that it is for."""
+        if what == "evict":
+            self.tree.evict(EvictParams(num_tokens=10_000))
+        others = [i for i, request in enumerate(self.requests) if request not in batch]
+        if what == "leave" and others:
+            self.leave(others[0], insert=False)
+
+    def _room_for(self, tokens: int, requests: int = 1) -> bool:
+        """What SGLang's scheduler does before it allocates: evict, and admit only what fits."""
+        needed = tokens + requests * PAGE_SIZE
+        if self.allocator.available_size() < needed:
+            self.tree.evict(EvictParams(num_tokens=needed - self.allocator.available_size()))
+        return self.allocator.available_size() >= needed
+
+    # Invariants.
+
+    @invariant()
+    def accounts_balance(self) -> None:
+        if not hasattr(self, "tree"):
+            return
+        in_requests = sum(-(-r.length // PAGE_SIZE) * PAGE_SIZE - r.cache_protected_len for r in self.requests)
+        total = (
+            self.allocator.available_size() + self.tree.evictable_size() + self.tree.protected_size() + in_requests
+        )
+        assert total == self.memory.plan.logical_tokens
+        assert self.allocator.host_free_pages() == self.allocator.free_pages.tolist()
+
+    @rule()
+    def audit(self) -> None:
+        self.memory.audit(self.allocator.host_free_pages(), self.tree.pages())
+
+    def teardown(self) -> None:
+        if hasattr(self, "tree"):
+            self.audit()
+
+TestPool = Pool.TestCase
+TestPool.settings = settings(
+    max_examples=60, stateful_step_count=30, deadline=None, suppress_health_check=list(HealthCheck)
+)
+
+
+def test_allocator_mirror_names_sequence_starts() -> None:
+    from sglang_mosaic.adapter.allocator import first_new_pages
+
+    assert first_new_pages([0, 64, 0, 10], [65, 200, 64, 20]) == [0, 5]
+
+
