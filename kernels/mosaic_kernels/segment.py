@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -125,5 +126,5 @@ def _check_bits(name: str, dim: int, bits: tuple[int, ...]) -> None:
         raise ValueError(f"{name}_bits must name {dim // GROUP} groups for {name}_dim={dim}, got {len(bits)}: {bits}")
     if any(b not in WIDTHS for b in bits):
         raise ValueError(f"{name}_bits must be from {WIDTHS}, got {bits}")
-    if any(a < b for a, b in zip(bits, bits[1:], strict=False)):
+    if any(a < b for a, b in itertools.pairwise(bits)):
         raise ValueError(f"{name}_bits must never increase, got {bits}")

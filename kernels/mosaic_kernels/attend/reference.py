@@ -35,9 +35,9 @@ def attend(
     Raises:
         ValueError: shapes do not fit together.
     """
-    tokens, q_heads, _ = q.shape
+    tokens, q_heads, k_dim = q.shape
     heads, keys, v_dim = v.shape
-    if k.shape != (heads, keys, q.shape[2]) or q_heads % heads:
+    if k.shape != (heads, keys, k_dim) or q_heads % heads:
         raise ValueError(
             f"q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)} must be [Tq, Hq, Dk], [Hkv, Tk, Dk] and "
             "[Hkv, Tk, Dv] with Hq a multiple of Hkv"
@@ -45,7 +45,7 @@ def attend(
     group = q_heads // heads
     rows = group * tokens
     # The scale goes into the few queries instead of the many logits. Rows of a KV head: group-major, then query.
-    query = (q.float() * scale).view(tokens, heads, group, -1).permute(1, 2, 0, 3).reshape(heads, rows, -1)
+    query = (q.float() * scale).view(tokens, heads, group, k_dim).permute(1, 2, 0, 3).reshape(heads, rows, k_dim)
     if causal_offset is not None:
         keys = max(min(keys, tokens + causal_offset), 0)
     step = block_keys or max(_SCORES_PER_BLOCK // max(heads * rows, 1), 64)
@@ -57,7 +57,7 @@ def attend(
         stop = min(start + step, keys)
         scores = torch.bmm(query, k[:, start:stop].float().transpose(1, 2))
         if causal_offset is not None and stop > causal_offset + 1:
-            _mask(scores.view(heads, group, tokens, -1), start, causal_offset)
+            _mask(scores.view(heads, group, tokens, stop - start), start, causal_offset)
         new_top = torch.maximum(top, scores.amax(-1, keepdim=True))
         # A row without a visible key so far keeps -inf; shifting by 0 then avoids inf - inf.
         shift = torch.where(new_top == -torch.inf, 0.0, new_top)

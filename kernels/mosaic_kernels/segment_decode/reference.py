@@ -42,7 +42,8 @@ def decode(
         y = torch.empty(shape, dtype=dtype, device=data.device) if out is None else out[i]
         if y.shape != shape or y.dtype != dtype or not y.is_contiguous():
             raise ValueError(
-                f"out for {name} must be contiguous {dtype} {shape}, got {y.dtype} {tuple(y.shape)}, strides {y.stride()}"
+                f"out for {name} must be contiguous {dtype} {shape}, got {y.dtype} {tuple(y.shape)} "
+                f"with strides {y.stride()}"
             )
         # Narrower results are rounded once, from float32.
         wide = y if dtype == torch.float32 else torch.empty(shape, dtype=torch.float32, device=data.device)

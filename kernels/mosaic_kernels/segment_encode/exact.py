@@ -1,8 +1,8 @@
-"""Arithmetic whose result does not depend on the order of summation.
+"""Rotation whose result does not depend on the order of summation.
 
 Floating-point sums round differently in every BLAS, batch shape and device, and one last bit is enough to flip a code.
-Page bytes must not depend on any of that (they are content-addressed and compared between CPU and GPU), so sums run
-over integers that float64 holds exactly.
+Page bytes must not depend on any of that (they are content-addressed and compared between CPU and GPU), so the products
+are sums of integers that float64 holds exactly.
 """
 
 from __future__ import annotations
@@ -13,39 +13,38 @@ import torch
 INPUT_BITS = 20
 BASIS_BITS = 23
 MAX_CHANNELS = 1024
+_SMALLEST_EXPONENT = -100  # keeps the scaling factor 2^(bits - exponent) within float32
 
 
-def rotate(x: torch.Tensor, basis: torch.Tensor) -> torch.Tensor:
+def magnitude(x: torch.Tensor) -> torch.Tensor:
+    """Largest magnitude in each matrix: [..., M, N] -> [..., 1, 1]. NaN if there is one."""
+    return torch.maximum(x.amax((-2, -1), keepdim=True), -x.amin((-2, -1), keepdim=True))
+
+
+def rotate(x: torch.Tensor, largest: torch.Tensor, basis: torch.Tensor) -> torch.Tensor:
     """`x @ basis` per head, identical to the last bit for every batch shape and on every device.
 
     Args:
-        x: [P, T, H, D] float32, finite.
+        x: [H, P, T, D] float32, finite.
+        largest: `magnitude(x)`, [H, P, 1, 1].
         basis: [H, D, D] float32, finite.
 
     Returns:
-        [P, H, T, D] float64. Inputs are first rounded to multiples of 2^-20 of their page's and head's largest
-        magnitude (2^-23 for a head's basis): below a hundredth of the finest quantisation step that follows.
+        [H, P, T, D] float32. Inputs are first rounded to multiples of 2^-20 of their page's and head's largest
+        magnitude (2^-23 for a head's basis), far below the finest quantisation step that follows.
     """
-    left, left_unit = _to_integers(x.permute(0, 2, 1, 3), INPUT_BITS)
-    right, right_unit = _to_integers(basis, BASIS_BITS)
-    return torch.matmul(left, right).mul_(left_unit).mul_(right_unit)
+    left, left_unit = _to_integers(x, largest, INPUT_BITS)
+    right, right_unit = _to_integers(basis, magnitude(basis), BASIS_BITS)
+    # One large product per head: exactness makes the shape a matter of speed alone.
+    product = torch.bmm(left.flatten(1, 2), right).view_as(x)
+    return product.mul_(left_unit * right_unit[:, None]).float()
 
 
-def _to_integers(x: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Integers of at most 2^bits in magnitude, per matrix of the last two dimensions.
-
-    Args:
-        x: [..., M, N] float.
-
-    Returns:
-        float64 integers [..., M, N] and the power of two that one of them is worth, float64 [..., 1, 1].
-    """
-    x = x.double()
-    # x < 2^exponent; all-zero matrices have exponent 0.
-    exponent = torch.frexp(x.abs().amax((-2, -1), keepdim=True)).exponent
-    return x.mul(_power_of_two(bits - exponent)).round_(), _power_of_two(exponent - bits)
-
-
-def _power_of_two(exponent: torch.Tensor) -> torch.Tensor:
-    # From the bit pattern: pow() and ldexp() are not exact on every device.
-    return (exponent.long() + 1023 << 52).view(torch.float64)
+def _to_integers(x: torch.Tensor, largest: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """float64 integers of at most 2^bits in magnitude, and the power of two that one of them is worth, float64."""
+    # largest < 2^exponent. Scaling and rounding are exact in float32: bits < 24.
+    exponent = torch.frexp(largest).exponent.clamp_min(_SMALLEST_EXPONENT)
+    # Powers of two from their bit patterns: pow() and ldexp() are not exact on every device.
+    factor = (bits - exponent + 127 << 23).view(torch.float32)
+    unit = (exponent.long() - bits + 1023 << 52).view(torch.float64)
+    return x.mul(factor).round_().double(), unit

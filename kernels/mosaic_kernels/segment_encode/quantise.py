@@ -21,11 +21,11 @@ def quantise_channels(y: torch.Tensor, levels: torch.Tensor) -> tuple[torch.Tens
     and the offset as rounded to float16, which is what the decoder sees.
 
     Args:
-        y: [P, H, T, D] float32.
+        y: [..., T, D] float32.
         levels: [D] float32, 2^bits of each channel; 1 stores the middle of the range alone.
 
     Returns:
-        codes [P, H, T, D] uint8, scales and offsets [P, H, D] float16. A channel whose range is below float16's
+        codes [..., T, D] uint8, scales and offsets [..., D] float16. A channel whose range is below float16's
         smallest step has scale 0 and its middle as offset. Ranges beyond float16 give infinite scales or offsets.
     """
     low, high = y.amin(-2), y.amax(-2)
@@ -45,12 +45,12 @@ def quantise_tokens(y: torch.Tensor, levels: torch.Tensor) -> tuple[torch.Tensor
     shared between tokens multiplies into the output. Scales are rounded up to 3 bits of mantissa.
 
     Args:
-        y: [P, H, T, D] float32, the coded channels alone.
+        y: [..., T, D] float32, the coded channels alone.
         levels: [D] float32, 2^bits >= 4 of each channel, equal within a block.
 
     Returns:
-        codes [P, H, T, D] uint8, scales [P, H, T, blocks] uint8 (`byte << 7` are the bits of a float16) and offsets
-        [P, H, T, blocks] int8 in quarters of a scale. Ranges beyond float16 give the byte of infinity, 248.
+        codes [..., T, D] uint8, scales [..., T, blocks] uint8 (`byte << 7` are the bits of a float16) and offsets
+        [..., T, blocks] int8 in quarters of a scale. Ranges beyond float16 give the byte of infinity, 248.
     """
     codes, scales, offsets = [], [], []
     for block, n in zip(y.split(V_BLOCK, -1), levels.split(V_BLOCK), strict=True):

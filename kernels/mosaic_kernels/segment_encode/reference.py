@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from mosaic_kernels.segment import SegmentFormat, TensorPlanes
-from mosaic_kernels.segment_encode.exact import MAX_CHANNELS, rotate
+from mosaic_kernels.segment_encode.exact import MAX_CHANNELS, magnitude, rotate
 from mosaic_kernels.segment_encode.quantise import INFINITE_SCALE, quantise_channels, quantise_tokens
 
 _SCRATCH_BYTES = 16 << 20  # size of one float64 temporary; a handful of them exist at a time
@@ -42,26 +42,23 @@ def encode(
     heads = _check(k, v, k_basis, v_basis, fmt)
     pages = k.shape[0]
     data = torch.zeros(pages, heads, fmt.segment_bytes, dtype=torch.uint8, device=k.device)
-    page_bytes = fmt.page_size * heads * max(fmt.k_dim, fmt.v_dim) * 8
-    step = max(_SCRATCH_BYTES // page_bytes, 1)
+    step = max(_SCRATCH_BYTES // (fmt.page_size * heads * max(fmt.k_dim, fmt.v_dim) * 8), 1)
     for start in range(0, pages, step):
         block = slice(start, start + step)
-        for name, x, basis, part in (("k", k, k_basis, fmt.k), ("v", v, v_basis, fmt.v)):
-            _encode_tensor(name, x[block].float(), basis, part, check_finite, data[block])
+        _encode_tensor("k", k[block], k_basis, fmt.k, check_finite, data[block].transpose(0, 1))
+        _encode_tensor("v", v[block], v_basis, fmt.v, check_finite, data[block].transpose(0, 1))
     return data
 
 
 def _encode_tensor(
-    name: str,
-    x: torch.Tensor,
-    basis: torch.Tensor,
-    part: TensorPlanes,
-    check_finite: bool,
-    data: torch.Tensor,
+    name: str, x: torch.Tensor, basis: torch.Tensor, part: TensorPlanes, check_finite: bool, data: torch.Tensor
 ) -> None:
-    if check_finite and not torch.isfinite(x).all():
+    """x [P, T, H, D]; data [H, P, segment_bytes]. All between is head-major."""
+    x = x.permute(2, 0, 1, 3).to(torch.float32, memory_format=torch.contiguous_format)
+    largest = magnitude(x)
+    if check_finite and not torch.isfinite(largest).all():
         raise ValueError(f"{name} must be finite in float32, found NaN or infinity")
-    y = rotate(x, basis).float()
+    y = rotate(x, largest, basis)
     levels = torch.ones(part.dim, device=y.device)
     for bits, begin, end in ((8, 0, part.wide), (4, part.wide, part.nibble), (2, part.nibble, part.coded)):
         levels[begin:end] = 2**bits
@@ -86,7 +83,7 @@ def _encode_tensor(
 
 
 def _pack(codes: torch.Tensor, part: TensorPlanes, data: torch.Tensor) -> None:
-    """Write the code planes. codes [P, H, T, D] uint8."""
+    """Write the code planes. codes [H, P, T, D] uint8."""
     leading = codes[..., : part.nibble].clone()
     low = leading[..., : part.wide] & 15
     leading[..., : part.wide] >>= 4
@@ -105,9 +102,7 @@ def _put(data: torch.Tensor, at: int, part: torch.Tensor) -> None:
     data[..., at : at + part.shape[-1]] = part
 
 
-def _check(
-    k: torch.Tensor, v: torch.Tensor, k_basis: torch.Tensor, v_basis: torch.Tensor, fmt: SegmentFormat
-) -> int:
+def _check(k: torch.Tensor, v: torch.Tensor, k_basis: torch.Tensor, v_basis: torch.Tensor, fmt: SegmentFormat) -> int:
     if k.dim() != 4:
         raise ValueError(f"k must be [pages, tokens, heads, channels], got shape {tuple(k.shape)}")
     pages, _, heads, _ = k.shape

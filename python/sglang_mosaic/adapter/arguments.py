@@ -74,7 +74,12 @@ def before_from_cli_args(cls: type, args: argparse.Namespace) -> None:
     if "mosaic_encode" not in args:
         return
     try:
-        MosaicConfig(**values).store()
+        config = MosaicConfig(**values)
+        if args.attention_backend != ATTENTION_BACKEND and config != MosaicConfig():
+            raise ConfigError(
+                "--mosaic-* flags are set, but nothing would read them: add --attention-backend mosaic, or drop them."
+            )
+        config.store()
     except ConfigError as error:
         raise SystemExit(f"sglang_mosaic: {error}") from error
 

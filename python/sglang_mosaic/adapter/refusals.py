@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any, NoReturn
 
 from sglang_mosaic.page import PAGE_SIZE
@@ -19,12 +20,24 @@ _FLAGS = (
     ("enable_page_major_kv_layout", False, "--enable-page-major-kv-layout", "it has a pool of its own"),
     ("enable_two_batch_overlap", False, "--enable-two-batch-overlap", "two forwards would share one page table"),
     ("enable_pdmux", False, "--enable-pdmux", "two streams would share one page table"),
+    ("kv_canary", "none", "--kv-canary", "it checks KV by physical row"),
+    ("prefill_only_disable_kv_cache", False, "--prefill-only-disable-kv-cache", "there would be no pages"),
+    ("dllm_algorithm", None, "--dllm-algorithm", "diffusion models rewrite pages that count as full"),
+    ("enable_streaming_session", False, "--enable-streaming-session", "sessions trim and move slots"),
+    ("enable_session_radix_cache", False, "--enable-session-radix-cache", "sessions trim and move slots"),
+    ("enable_deterministic_inference", False, "--enable-deterministic-inference", "compression depends on the load"),
+    ("encoder_only", False, "--encoder-only", "there is no KV cache"),
     ("pp_size", 1, "--pipeline-parallel-size", "pipeline stages are not supported"),
     ("dcp_size", 1, "--dcp-size", "context parallelism is not supported"),
     ("attn_cp_size", 1, "--attention-context-parallel-size", "context parallelism is not supported"),
     ("prefill_attention_backend", None, "--prefill-attention-backend", "only the mosaic backend reads mosaic pages"),
     ("decode_attention_backend", None, "--decode-attention-backend", "only the mosaic backend reads mosaic pages"),
 )
+
+_ENVIRONMENT = {
+    "SGLANG_ENABLE_POST_CAPTURE_KV_SIZING": "it resizes the pool after start-up",
+    "SGLANG_USE_HND_KVCACHE": "it changes the layout of a page",
+}
 
 
 def refuse(what: str, change: str) -> NoReturn:
@@ -38,6 +51,9 @@ def refuse_flags(server_args: Any) -> None:
         value = getattr(server_args, name, fine)
         if value != fine:
             refuse(f"{flag} {value} ({why})", f"drop {flag}, or choose another --attention-backend")
+    for name, why in _ENVIRONMENT.items():
+        if os.environ.get(name, "").lower() in ("1", "true", "yes", "on"):
+            refuse(f"{name}={os.environ[name]} ({why})", f"unset {name}")
     if server_args.page_size not in (None, PAGE_SIZE):
         refuse(f"--page-size {server_args.page_size}", f"use --page-size {PAGE_SIZE} or leave it out")
     if server_args.radix_cache_backend not in (None, "mosaic"):

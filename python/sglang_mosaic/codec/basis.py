@@ -1,8 +1,9 @@
 """Calibrated bases: directions sorted by how much they matter to attention.
 
 Keys: `k~ = k P`, `q~ = q P^-T` with P = C^(1/2) R, C the second moment of the queries, R the principal directions of
-the keys whitened by C^(1/2). Then q~ . k~ = q . k exactly, q~ has unit variance in every channel, so an error of k~ counts
-the same in every channel, and the channels come out sorted by energy. Values: principal directions, orthogonal.
+the keys whitened by C^(1/2). Then q~ . k~ = q . k exactly; q~ has the same variance in every channel, so that an error
+of k~ counts the same in every channel; and the channels come out sorted by energy. Values: principal directions,
+orthogonal.
 """
 
 from __future__ import annotations

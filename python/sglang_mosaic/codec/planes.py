@@ -5,10 +5,10 @@ from __future__ import annotations
 import hashlib
 
 import torch
+
 from mosaic_kernels.segment import GROUP, SegmentFormat
 from mosaic_kernels.segment_decode.reference import decode
 from mosaic_kernels.segment_encode.reference import encode
-
 from sglang_mosaic.codec.base import SegmentCodec
 from sglang_mosaic.codec.basis import LayerBasis, calibrate
 from sglang_mosaic.codec.statistics import SecondMoments
@@ -120,7 +120,9 @@ class PlanesCodec(SegmentCodec):
     def _basis(self, layer: int) -> LayerBasis:
         basis = self._bases[layer]
         if basis is None:
-            raise MosaicError(f"layer {layer} is not calibrated: call calibrate() with some of its keys and values first")
+            raise MosaicError(
+                f"layer {layer} is not calibrated: call calibrate() with some of its keys and values first"
+            )
         return basis
 
 
