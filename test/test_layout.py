@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from sglang_mosaic.errors import ConfigError
 from sglang_mosaic.layout import MIB, FrameBytes, minimum_dense_frames, plan_memory, reserve_dense_frames
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from sglang_mosaic.cache.audit import audit_frames
 from sglang_mosaic.cache.lifecycle import PageLifecycle
 from sglang_mosaic.errors import CapacityError, InvariantError
@@ -101,5 +102,5 @@ def test_audit_names_a_frame_with_two_owners():
     pages = pool(2, 2)
     pages.allocate([1, 2])
     pages.frame[2] = pages.frame[1]
-    with pytest.raises(InvariantError, match="frame 1 has 2 owners|frame 2 has 0 owners"):
+    with pytest.raises(InvariantError, match=r"frame [12] has [02] owners"):
         audit_frames(pages)

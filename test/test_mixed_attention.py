@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from mosaic_kernels.attend.reference import attend
 from sglang_mosaic.cache import mixed_attention
 from sglang_mosaic.cache.memory import PageMemory

@@ -15,6 +15,7 @@ import torch
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
 from sglang_mosaic.torchvision_compat import declare_missing_operators
 
 declare_missing_operators()
@@ -23,6 +24,7 @@ from sglang.srt.mem_cache.base_prefix_cache import EvictParams, MatchPrefixParam
 from sglang.srt.mem_cache.cache_init_params import CacheInitParams  # noqa: E402
 from sglang.srt.mem_cache.memory_pool import ReqToTokenPool  # noqa: E402
 from sglang.srt.mem_cache.radix_cache import RadixKey  # noqa: E402
+
 from sglang_mosaic.adapter.allocator import with_page_events  # noqa: E402
 from sglang_mosaic.adapter.cpu_platform_class import cpu_allocator_class  # noqa: E402
 from sglang_mosaic.adapter.radix_cache import MosaicRadixCache  # noqa: E402
@@ -46,8 +48,11 @@ def token_values(tokens: list[int]) -> torch.Tensor:
 
 class Pool(RuleBasedStateMachine):
     @initialize(
-        mosaic=st.integers(0, 12), roomy=st.booleans(), windows=st.booleans(), policy=st.sampled_from(["pressure", "seal"])
-    )  # fmt: skip
+        mosaic=st.integers(0, 12),
+        roomy=st.booleans(),
+        windows=st.booleans(),
+        policy=st.sampled_from(["pressure", "seal"]),
+    )
     def build(self, mosaic: int, roomy: bool, windows: bool, policy: str) -> None:
         dense = reserve_dense_frames(RUNNING, CHUNK, 2) if roomy else minimum_dense_frames(RUNNING, CHUNK)
         plan = MemoryPlan(dense, mosaic, RUNNING, FrameBytes(1, 1))
@@ -111,7 +116,9 @@ class Pool(RuleBasedStateMachine):
     # Rules.
 
     @precondition(lambda self: len(self.requests) < RUNNING)
-    @rule(prefix=st.integers(0, 2), shared=st.sampled_from(LENGTHS), own=st.sampled_from(LENGTHS), seed=st.integers(0, 3))
+    @rule(
+        prefix=st.integers(0, 2), shared=st.sampled_from(LENGTHS), own=st.sampled_from(LENGTHS), seed=st.integers(0, 3)
+    )
     def arrive(self, prefix: int, shared: int, own: int, seed: int) -> None:
         """A request whose first tokens are one of three common texts."""
         tokens = [prefix * 1000 + i % 50 for i in range(shared)] + [5000 + seed * 100 + i % 90 for i in range(own)]
@@ -122,9 +129,18 @@ class Pool(RuleBasedStateMachine):
             self.tree.dec_lock_ref(match.last_device_node)
             return
         request = SimpleNamespace(
-            tokens=tokens, length=hit, written=hit, req_pool_idx=None, inflight_middle_chunks=0, kv_committed_len=0, extra_key=None,
-            last_node=match.last_device_node, cache_protected_len=hit, prefix_indices=match.device_indices, priority=0,
-        )  # fmt: skip
+            tokens=tokens,
+            length=hit,
+            written=hit,
+            req_pool_idx=None,
+            inflight_middle_chunks=0,
+            kv_committed_len=0,
+            extra_key=None,
+            last_node=match.last_device_node,
+            cache_protected_len=hit,
+            prefix_indices=match.device_indices,
+            priority=0,
+        )
         request.get_fill_ids = lambda: array("q", request.tokens[: request.length])
         self.slots.alloc([request])
         self.slots.write((request.req_pool_idx, slice(0, hit)), match.device_indices.to(torch.int32))
@@ -186,7 +202,9 @@ class Pool(RuleBasedStateMachine):
         slots = self.allocator.alloc_extend(prefix, prefix, total, total, last, sum(ends) - sum(starts))
         values, first = [], 0
         for request, start, end in zip(batch, starts, ends, strict=True):
-            self.slots.write((request.req_pool_idx, slice(start, end)), slots[first : first + end - start].to(torch.int32))
+            self.slots.write(
+                (request.req_pool_idx, slice(start, end)), slots[first : first + end - start].to(torch.int32)
+            )
             request.length = end
             values.append(token_values(request.tokens)[start:end])
             first += end - start
@@ -216,9 +234,7 @@ class Pool(RuleBasedStateMachine):
         if not hasattr(self, "tree"):
             return
         in_requests = sum(-(-r.length // PAGE_SIZE) * PAGE_SIZE - r.cache_protected_len for r in self.requests)
-        total = (
-            self.allocator.available_size() + self.tree.evictable_size() + self.tree.protected_size() + in_requests
-        )
+        total = self.allocator.available_size() + self.tree.evictable_size() + self.tree.protected_size() + in_requests
         assert total == self.memory.plan.logical_tokens
         assert self.allocator.host_free_pages() == self.allocator.free_pages.tolist()
 
@@ -230,6 +246,7 @@ class Pool(RuleBasedStateMachine):
         if hasattr(self, "tree"):
             self.audit()
 
+
 TestPool = Pool.TestCase
 TestPool.settings = settings(
     max_examples=60, stateful_step_count=30, deadline=None, suppress_health_check=list(HealthCheck)
@@ -240,5 +257,3 @@ def test_allocator_mirror_names_sequence_starts() -> None:
     from sglang_mosaic.adapter.allocator import first_new_pages
 
     assert first_new_pages([0, 64, 0, 10], [65, 200, 64, 20]) == [0, 5]
-
-

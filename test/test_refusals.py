@@ -6,11 +6,13 @@ import dataclasses
 from types import SimpleNamespace
 
 import pytest
+
 from sglang_mosaic.torchvision_compat import declare_missing_operators
 
 declare_missing_operators()
 
 from sglang.srt.server_args import ServerArgs  # noqa: E402
+
 from sglang_mosaic.adapter import refusals  # noqa: E402
 
 DEFAULTS = {field.name: field.default for field in dataclasses.fields(ServerArgs)}

@@ -118,7 +118,9 @@ def gate(results: Results) -> list[str]:
     if results[compare.STOCK]["summary"]["positions"] != results[compare.MOSAIC]["summary"]["positions"]:
         failures.append("the servers scored different numbers of positions")
     if not results[compare.MOSAIC]["summary"]["pages_encoded"]:
-        failures.append("no page was encoded, so compression was not measured; pass --mosaic-args='--mosaic-encode seal'")
+        failures.append(
+            "no page was encoded, so compression was not measured; pass --mosaic-args='--mosaic-encode seal'"
+        )
     return failures
 
 
@@ -143,9 +145,7 @@ def draw(results: Results) -> Figure:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_arguments(argv)
-    return run_script(
-        "fidelity", args, lambda url: measure(url, args), gate, describe, draw, complete=compare_systems
-    )
+    return run_script("fidelity", args, lambda url: measure(url, args), gate, describe, draw, complete=compare_systems)
 
 
 if __name__ == "__main__":

@@ -51,7 +51,7 @@ class MemoryPlan:
     def describe(self) -> str:
         dense_only = self.total_bytes // self.frame_bytes.dense * PAGE_SIZE
         return (
-            f"{self.logical_tokens} logical tokens in {self.total_bytes / MIB:.1f} MiB: {self.dense_frames} dense frames "
+            f"{self.logical_tokens} logical tokens, {self.total_bytes / MIB:.1f} MiB: {self.dense_frames} dense frames "
             f"({self.frame_bytes.dense} B) + {self.mosaic_frames} mosaic frames ({self.frame_bytes.mosaic} B), "
             f"{self.logical_tokens / max(dense_only, 1):.2f}x the tokens of a dense pool, "
             f"at most {self.max_running_requests} running requests"
@@ -131,7 +131,7 @@ def _too_small(
     if limit is not None and limit < minimum:
         found = f"--max-total-tokens {limit * PAGE_SIZE}"
     return ConfigError(
-        f"{found} is too small for {running} running requests and prefill chunks of {chunk_tokens} tokens: the smallest "
-        f"size that works is {minimum * PAGE_SIZE} tokens ({needed_mib + 0.05:.1f} MiB). Raise --mosaic-kv-mib, "
+        f"{found} is too small for {running} running requests and prefill chunks of {chunk_tokens} tokens: the "
+        f"smallest size that works is {minimum * PAGE_SIZE} tokens ({needed_mib + 0.05:.1f} MiB). Raise --mosaic-kv-mib, "
         "--mem-fraction-static or --max-total-tokens, or lower --max-running-requests or --chunked-prefill-size."
     )

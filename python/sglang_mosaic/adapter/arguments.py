@@ -26,7 +26,7 @@ def add_mosaic_group(parser: argparse.ArgumentParser) -> None:
         "--mosaic-encode",
         choices=ENCODE_POLICIES,
         default=default.encode,
-        help="when full pages of 64 tokens are compressed: 'pressure' (only when dense frames run out), 'seal' (as soon "
+        help="when full pages (64 tokens) are compressed: 'pressure' (only when dense frames run out), 'seal' (as soon "
         "as a page leaves the recent window), 'off' (never; bit-identical to torch_native). Default: %(default)s.",
     )
     group.add_argument(

@@ -112,34 +112,25 @@ class MosaicAttentionBackend(TorchNativeAttnBackend):
         return out.view(-1, layer.tp_q_head_num * layer.v_head_dim)
 
     def _decode_run(self, q: torch.Tensor, out: torch.Tensor, layer: RadixAttention, run: range) -> None:
-        self._run_sdpa_forward_decode(
-            q,
-            out,
-            self.token_to_kv_pool.get_key_buffer(layer.layer_id),
-            self.token_to_kv_pool.get_value_buffer(layer.layer_id),
-            self._plan.rows,
-            torch.arange(run.start, run.stop),
-            self._plan.seq_lens[run.start : run.stop],
-            scaling=layer.scaling,
-            enable_gqa=layer.tp_q_head_num != layer.tp_k_head_num,
-            causal=False,
-        )
+        operands, options = self._operands(layer, run)
+        self._run_sdpa_forward_decode(q, out, *operands, causal=False, **options)
 
     def _extend_run(self, q: torch.Tensor, out: torch.Tensor, layer: RadixAttention, run: range) -> None:
-        self._run_sdpa_forward_extend(
-            q,
-            out,
+        operands, options = self._operands(layer, run)
+        requests = slice(run.start, run.stop)
+        lengths = self._plan.prefix_lens[requests], self._plan.extend_lens[requests]
+        self._run_sdpa_forward_extend(q, out, *operands, *lengths, causal=True, **options)
+
+    def _operands(self, layer: RadixAttention, run: range) -> tuple[tuple[torch.Tensor, ...], dict[str, Any]]:
+        """What both of torch_native's loops take: dense slabs, rows of each request in them, context lengths."""
+        operands = (
             self.token_to_kv_pool.get_key_buffer(layer.layer_id),
             self.token_to_kv_pool.get_value_buffer(layer.layer_id),
             self._plan.rows,
             torch.arange(run.start, run.stop),
             self._plan.seq_lens[run.start : run.stop],
-            self._plan.prefix_lens[run.start : run.stop],
-            self._plan.extend_lens[run.start : run.stop],
-            scaling=layer.scaling,
-            enable_gqa=layer.tp_q_head_num != layer.tp_k_head_num,
-            causal=True,
         )
+        return operands, {"scaling": layer.scaling, "enable_gqa": layer.tp_q_head_num != layer.tp_k_head_num}
 
     def _observe(self, q: torch.Tensor, layer: RadixAttention) -> None:
         codec = self.memory.codec

@@ -50,9 +50,7 @@ def cpu_allocator_class() -> type:
             if num_new_pages > len(self.free_pages):
                 return None
             slots = torch.empty((extend_num_tokens,), dtype=torch.int64, device=self.device)
-            alloc_extend_naive(
-                prefix_lens, seq_lens, last_loc, self.free_pages, slots, self.page_size, self.device
-            )
+            alloc_extend_naive(prefix_lens, seq_lens, last_loc, self.free_pages, slots, self.page_size, self.device)
             self.free_pages = self.free_pages[num_new_pages:]
             return slots
 

@@ -42,7 +42,7 @@ def plan_for(configurator: Any, budget_bytes: int) -> MemoryPlan:
     kv_bytes = budget_bytes if config.kv_mib is None else int(config.kv_mib * MIB)
     if kv_bytes > budget_bytes:
         raise ConfigError(
-            f"--mosaic-kv-mib {config.kv_mib}: only {budget_bytes / MIB:.1f} MiB are free for the KV cache; lower it or "
+            f"--mosaic-kv-mib {config.kv_mib}: only {budget_bytes / MIB:.1f} MiB are free for the cache; lower it or "
             "raise --mem-fraction-static."
         )
     return plan_memory(

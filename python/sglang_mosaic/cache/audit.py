@@ -52,7 +52,9 @@ def audit_free_list(pages: PageLifecycle, free_pages: Iterable[int]) -> None:
         raise InvariantError(f"pages {twice[:8]} are in the free list twice")
     for page, state in enumerate(pages.state):
         if page and (state is PageState.FREE) != (page in counted):
-            raise InvariantError(f"page {page} is {state.name}, but {'' if page in counted else 'not '}in the free list")
+            raise InvariantError(
+                f"page {page} is {state.name}, but {'' if page in counted else 'not '}in the free list"
+            )
 
 
 def audit_tree(pages: PageLifecycle, tree_pages: Iterable[int]) -> None:

@@ -10,9 +10,9 @@ from __future__ import annotations
 import dataclasses
 
 import torch
+
 from mosaic_kernels.attend.reference import attend
 from mosaic_kernels.merge_lse.reference import merge
-
 from sglang_mosaic.cache.memory import PageMemory
 from sglang_mosaic.page import PAGE_SIZE
 

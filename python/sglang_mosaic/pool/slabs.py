@@ -19,7 +19,9 @@ class MosaicSlabs:
     """
 
     def __init__(self, layers: int, frames: int, frame_bytes: int, device: torch.device | str) -> None:
-        self.layers = [torch.full((frames, frame_bytes), POISON, dtype=torch.uint8, device=device) for _ in range(layers)]
+        self.layers = [
+            torch.full((frames, frame_bytes), POISON, dtype=torch.uint8, device=device) for _ in range(layers)
+        ]
 
     @property
     def nbytes(self) -> int:
