@@ -132,6 +132,7 @@ def _too_small(
         found = f"--max-total-tokens {limit * PAGE_SIZE}"
     return ConfigError(
         f"{found} is too small for {running} running requests and prefill chunks of {chunk_tokens} tokens: the "
-        f"smallest size that works is {minimum * PAGE_SIZE} tokens ({needed_mib + 0.05:.1f} MiB). Raise --mosaic-kv-mib, "
-        "--mem-fraction-static or --max-total-tokens, or lower --max-running-requests or --chunked-prefill-size."
+        f"smallest size that works is {minimum * PAGE_SIZE} tokens ({needed_mib + 0.05:.1f} MiB). Raise "
+        "--mosaic-kv-mib, --mem-fraction-static or --max-total-tokens, or lower --max-running-requests or "
+        "--chunked-prefill-size."
     )

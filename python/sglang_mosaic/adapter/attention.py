@@ -13,7 +13,6 @@ import torch
 from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 
-from sglang_mosaic.adapter.cpu_platform import is_active as on_plain_cpu
 from sglang_mosaic.cache.mixed_attention import MixedAttention, Sequence
 from sglang_mosaic.page import PAGE_SIZE, pages_for
 
@@ -47,9 +46,6 @@ class MosaicAttentionBackend(TorchNativeAttnBackend):
         self.memory = runner.token_to_kv_pool.memory
         self.start_layer = runner.token_to_kv_pool.start_layer
         self._plan: _Plan | None = None
-
-    def support_triton(self) -> bool:
-        return not on_plain_cpu()
 
     def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
         super().init_forward_metadata(forward_batch)

@@ -25,6 +25,7 @@ class MosaicKVPool(MHATokenToKVPool):
     ``memory`` holds everything else. ``size`` is in logical tokens, as SGLang's accounting expects."""
 
     def __init__(self, plan: MemoryPlan, config: MosaicConfig, geometry: Geometry) -> None:
+        self.memory: PageMemory | None = None
         self._dense_rows = (plan.dense_frames + 1) * PAGE_SIZE
         super().__init__(
             plan.logical_tokens,
@@ -49,11 +50,13 @@ class MosaicKVPool(MHATokenToKVPool):
             (self._dense_rows, self.head_num, self.v_head_dim),
         )
 
-    def get_kv_size_bytes(self) -> tuple[int, int]:
-        """Bytes of (dense frames, mosaic frames with the codec's tables)."""
-        dense = sum(buffer.nbytes for buffer in (*self.k_buffer, *self.v_buffer))
-        memory = getattr(self, "memory", None)  # SGLang logs the size once before ``memory`` exists
-        return dense, memory.mosaic_bytes if memory is not None else 0
+    def get_kv_size_bytes(self) -> int:
+        """Bytes of all frames and of the codec's tables."""
+        return sum(buffer.nbytes for buffer in (*self.k_buffer, *self.v_buffer)) + self.memory.mosaic_bytes
+
+    def _finalize_allocation_log(self, num_tokens: int) -> None:
+        if self.memory is not None:  # SGLang calls this once before there are mosaic frames
+            super()._finalize_allocation_log(num_tokens)
 
     def set_kv_buffer(self, layer, loc_info, cache_k: torch.Tensor, cache_v: torch.Tensor, *args, **kwargs) -> None:
         """Write K and V ``[tokens, kv_heads, dim]`` to the dense frames of their logical slots.
