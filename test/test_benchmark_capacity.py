@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import sys
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmark.serving import cache_capacity
 from benchmark.serving.capacity_probe import Prompts, measure_held

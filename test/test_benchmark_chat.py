@@ -5,15 +5,12 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
-import sys
 import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 from aiohttp import web
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmark.common import compare
 from benchmark.common.server import free_port

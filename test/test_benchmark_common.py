@@ -11,8 +11,6 @@ from typing import Any
 import psutil
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from benchmark.common import compare
 from benchmark.common.chat_client import ChatReply, _read, _ReplyError
 from benchmark.common.errors import BenchmarkError

@@ -57,6 +57,8 @@ def quantise_tokens(y: torch.Tensor, levels: torch.Tensor) -> tuple[torch.Tensor
         low, high = block.amin(-1, keepdim=True), block.amax(-1, keepdim=True)
         # Large enough for the range, and for the offset to fit into its byte.
         needed = torch.maximum((high * 0.5 - low * 0.5) / (n[:1] - 1) * 2, low.abs() / _LARGEST_OFFSET)
+        # NaN becomes infinity, whose bits survive the rounding: either way the token decodes to non-finite values.
+        needed = needed.nan_to_num(nan=torch.inf, posinf=torch.inf)
         scale_byte = needed.half().view(torch.int16) + 127 >> 7
         scale = (scale_byte << 7).view(torch.float16).float()
         offset = (low / _divisor(scale) / OFFSET_STEP).round_().clamp_(-128, 127)

@@ -17,6 +17,10 @@ class PlainCpuPlatform(CpuDeviceMixin, SRTPlatform):
         # SGLang reads this as "sgl-kernel's CPU operators are there".
         return False
 
+    def get_device(self, device_id: int = 0) -> str:
+        # ServerArgs takes it as the value of --device, which is a string.
+        return "cpu"
+
     def get_default_attention_backend(self) -> str:
         return "torch_native"
 

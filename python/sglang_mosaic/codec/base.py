@@ -69,11 +69,12 @@ class SegmentCodec(ABC):
     def encode(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """Bytes of whole pages: k [P, page, H, Dk], v [P, page, H, Dv] -> uint8 [P, H, segment_bytes].
 
-        The bytes of a page depend on its own K and V and on the revision, on nothing else.
+        The bytes of a page depend on its own K and V and on the revision, on nothing else. A token whose K or V is not
+        finite decodes to non-finite values, never to plausible ones, and does not disturb other pages or heads.
 
         Raises:
             MosaicError: the layer is not calibrated.
-            ValueError: a shape does not fit, or a value is not finite.
+            ValueError: a shape does not fit.
         """
 
     @abstractmethod
