@@ -70,6 +70,11 @@ def declare_on_import() -> None:
     sys.meta_path.insert(0, _DeclareBeforeImport())
 
 
+def declares_on_import() -> bool:
+    """Whether ``declare_on_import`` is waiting for the first import of torchvision in this process."""
+    return any(isinstance(finder, _DeclareBeforeImport) for finder in sys.meta_path)
+
+
 def _load_extension(package_dir: Path) -> bool:
     """Whether torchvision's own extension loads; torchvision does the same on import, and loading twice is harmless."""
     import torch

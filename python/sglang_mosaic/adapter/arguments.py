@@ -90,9 +90,9 @@ def around_post_init(original, self) -> None:
         original(self)
         refusals.refuse_half_selection(self)
         return
-    from sglang_mosaic.adapter.hooks import verify
+    from sglang_mosaic.adapter import hooks, sizing
 
-    verify()
+    hooks.verify()
     try:
         MosaicConfig.load()
     except ConfigError as error:
@@ -106,3 +106,4 @@ def around_post_init(original, self) -> None:
     self.disable_cuda_graph = True
     original(self)
     refusals.refuse_resolved(self)
+    sizing.refuse_small_pool(self)

@@ -46,6 +46,24 @@ class Geometry:
             end_layer=configurator.layer_info.end_layer,
         )
 
+    @classmethod
+    def expected(cls, server_args: Any) -> Geometry:
+        """Geometry that resolved ServerArgs lead to, before there is a model."""
+        model = server_args.get_model_config()
+        tensor_parallel = server_args.tp_size // (server_args.dp_size if server_args.enable_dp_attention else 1)
+        return cls(
+            layers=model.num_attention_layers,
+            kv_heads=model.get_num_kv_heads(tensor_parallel),
+            query_heads=model.num_attention_heads // tensor_parallel,
+            k_dim=model.head_dim,
+            v_dim=model.v_head_dim,
+            dtype=model.dtype if server_args.kv_cache_dtype == "auto" else torch.bfloat16,
+            device="cpu",
+            context_length=model.context_len,
+            start_layer=0,
+            end_layer=model.num_attention_layers,
+        )
+
     @property
     def dense_frame_bytes(self) -> int:
         """Bytes of one dense frame over all layers."""

@@ -37,14 +37,40 @@ def plan_for(configurator: Any, budget_bytes: int) -> MemoryPlan:
         ConfigError: the plan does not fit.
     """
     config = MosaicConfig.load()
-    geometry = Geometry.of(configurator)
-    server_args = configurator.server_args
     kv_bytes = budget_bytes if config.kv_mib is None else int(config.kv_mib * MIB)
     if kv_bytes > budget_bytes:
         raise ConfigError(
             f"--mosaic-kv-mib {config.kv_mib}: only {budget_bytes / MIB:.1f} MiB are free for the cache; lower it or "
             "raise --mem-fraction-static."
         )
+    return _plan(config, configurator.server_args, Geometry.of(configurator), kv_bytes)
+
+
+def refuse_small_pool(server_args: Any) -> None:
+    """Refuse a --mosaic-kv-mib that is too small in the launcher: a scheduler that ends leaves a traceback there.
+
+    Raises:
+        SystemExit: names the smallest size that works.
+    """
+    config = MosaicConfig.load()
+    if config.kv_mib is None or server_args.model_path.lower() in ("none", "dummy"):
+        return
+    try:
+        expected_plan(server_args, int(config.kv_mib * MIB))
+    except ConfigError as error:
+        raise SystemExit(f"sglang_mosaic: {error}") from error
+
+
+def expected_plan(server_args: Any, kv_bytes: int) -> MemoryPlan:
+    """The plan that resolved ServerArgs lead to with ``kv_bytes`` for all frames of a rank, without a model.
+
+    Raises:
+        ConfigError: the plan does not fit.
+    """
+    return _plan(MosaicConfig.load(), server_args, Geometry.expected(server_args), kv_bytes)
+
+
+def _plan(config: MosaicConfig, server_args: Any, geometry: Geometry, kv_bytes: int) -> MemoryPlan:
     return plan_memory(
         kv_bytes=kv_bytes,
         frame_bytes=FrameBytes(geometry.dense_frame_bytes, geometry.codec().frame_bytes * geometry.layers),
