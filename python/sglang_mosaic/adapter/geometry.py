@@ -17,7 +17,6 @@ class Geometry:
 
     layers: int
     kv_heads: int
-    query_heads: int
     k_dim: int
     v_dim: int
     dtype: torch.dtype
@@ -36,7 +35,6 @@ class Geometry:
         return cls(
             layers=configurator.layer_info.num_effective_layers,
             kv_heads=model.get_num_kv_heads(tensor_parallel),
-            query_heads=model.num_attention_heads // tensor_parallel,
             k_dim=model.head_dim,
             v_dim=model.v_head_dim,
             dtype=configurator.kv_cache_dtype,
@@ -54,7 +52,6 @@ class Geometry:
         return cls(
             layers=model.num_attention_layers,
             kv_heads=model.get_num_kv_heads(tensor_parallel),
-            query_heads=model.num_attention_heads // tensor_parallel,
             k_dim=model.head_dim,
             v_dim=model.v_head_dim,
             dtype=model.dtype if server_args.kv_cache_dtype == "auto" else torch.bfloat16,

@@ -155,10 +155,6 @@ class PageLifecycle:
         """Pages whose table entry the next forward will change."""
         return self._table.keys()
 
-    def count(self, state: PageState) -> int:
-        """Pages in ``state``."""
-        return sum(1 for s in self.state[1:] if s is state)
-
     def _make_room(self, needed: int) -> None:
         missing = needed - self.dense.free
         want = min(max(missing, ENCODE_BATCH), self.mosaic.free)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 POISON = 0xFF
-"""Byte that fills mosaic frames in audit mode: as fp16 scales it decodes to NaN, so a read of a frame that was never
-encoded cannot pass for data."""
+"""Byte that fills new mosaic frames: as a scale it is NaN, so reading a frame that was never encoded cannot pass for
+data."""
 
 
 class MosaicSlabs:
