@@ -14,9 +14,13 @@ logger = logging.getLogger(__name__)
 
 def after_scheduler_init(_result: None, self: Any, *args: Any, **kwargs: Any) -> None:
     """Connect the pool with the scheduler that fills it."""
-    if selects_mosaic(self.server_args):
-        memory = memory_of(self.token_to_kv_pool_allocator)
-        memory.set_recent_pages(RecentPages(self, memory.config.window_pages))
+    if not selects_mosaic(self.server_args):
+        return
+    memory = memory_of(self.token_to_kv_pool_allocator)
+    memory.set_recent_pages(RecentPages(self, memory.config.window_pages))
+    # SGLang admits a prompt only if a page stays free beside it, but refuses it only from the pool's size on: those in
+    # between would wait forever, and everyone behind them.
+    self.max_req_input_len = min(self.max_req_input_len, self.max_total_num_tokens - PAGE_SIZE)
 
 
 def memory_of(allocator: Any) -> PageMemory:

@@ -1,0 +1,65 @@
+"""Fixtures of the tests that talk to real servers. A server starts when the first test asks for it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from real_server import Server, Servers
+
+# The order that needs the fewest starts of servers; other tests come first.
+SERVER_FILES = (
+    "test_server_identity.py",
+    "test_server_shared_prefix.py",
+    "test_server_abuse.py",
+    "test_server_dropin.py",
+    "test_server_errors.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: SERVER_FILES.index(item.path.name) + 1 if item.path.name in SERVER_FILES else 0)
+
+
+@pytest.fixture(scope="session")
+def model() -> Path:
+    """Checkpoint of the embedded default model."""
+    from sglang_mosaic.embedded_model import ensure_model
+
+    return ensure_model(quiet=True)
+
+
+@pytest.fixture(scope="session")
+def servers(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
+    """Every server that these tests know (real_server.py), by name."""
+    servers = Servers(model, tmp_path_factory.mktemp("servers"))
+    try:
+        yield servers
+    finally:
+        servers.stop_all()
+
+
+@pytest.fixture
+def off_server(servers: Servers) -> Server:
+    """Ours, with nothing compressed."""
+    return servers["off"]
+
+
+@pytest.fixture
+def seal_server(servers: Servers) -> Server:
+    """Ours, compressing every page that leaves the recent window."""
+    return servers["seal"]
+
+
+@pytest.fixture
+def pressure_server(servers: Servers) -> Server:
+    """Ours, compressing when memory runs out, in a small pool; started by SGLang's own launcher."""
+    return servers["pressure"]
+
+
+@pytest.fixture
+def smallest_server(servers: Servers) -> Server:
+    """Ours, with the smallest pool that it accepts."""
+    return servers["smallest"]

@@ -1,0 +1,217 @@
+"""Real servers for the tests marked `server`: how each is started, and what a test can ask of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import requests
+
+from answers import Answer
+from benchmark.common import sglang_http
+from benchmark.common.server import ServerProcess, free_port
+
+HOST = "127.0.0.1"
+MOST_ALIVE = 2
+"""Servers alive at a time: each takes about 2 GB and, while it serves, all of a small machine's cores."""
+
+ENVIRONMENT = {
+    "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "2"),
+    "HF_HUB_OFFLINE": "1",
+    "TRANSFORMERS_OFFLINE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    # SGLang's own accounting, checked at every step instead of when idle.
+    "SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY": "1",
+    "SGLANG_CHECK_KV_PAGE_INVARIANTS": "1",
+}
+
+COMMON = (
+    *("--host", HOST, "--device", "cpu", "--dtype", "bfloat16", "--mem-fraction-static", "0.1"),
+    *("--max-running-requests", "8", "--chunked-prefill-size", "512"),
+    *("--skip-server-warmup", "--enable-cache-report", "--enable-metrics"),
+    # An idle scheduler would spin on a core.
+    "--sleep-on-idle",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Launch:
+    """How a server is started: Python module, flags besides model and port, and variables of its own."""
+
+    module: str
+    flags: tuple[str, ...]
+    environment: dict[str, str] = dataclasses.field(default_factory=dict)
+
+
+LAUNCHES = {
+    # SGLang without us, and ours with nothing compressed, equal in every other flag. The pool is so small that the
+    # identity prompts evict one another.
+    "stock": Launch(
+        "sglang.launch_server",
+        (*COMMON, "--max-total-tokens", "6144", "--attention-backend", "torch_native", "--page-size", "64"),
+    ),
+    "off": Launch(
+        "sglang_mosaic.launch_server",
+        (*COMMON, "--max-total-tokens", "6144", "--mosaic-encode", "off", "--mosaic-audit"),
+    ),
+    # Pages are compressed as soon as they leave the recent window; 12,800 logical tokens.
+    "seal": Launch(
+        "sglang_mosaic.launch_server",
+        (*COMMON, "--mosaic-encode", "seal", "--mosaic-kv-mib", "105", "--mosaic-audit"),
+    ),
+    # Pages are compressed when memory runs out (the default); 4,096 logical tokens. Started as a drop-in by SGLang's
+    # own launcher, and made to retract a running request now and then.
+    "pressure": Launch(
+        "sglang.launch_server",
+        (
+            *("--attention-backend", "mosaic", "--radix-cache-backend", "mosaic"),
+            *(*COMMON, "--mosaic-kv-mib", "51", "--mosaic-audit"),
+        ),
+        {"SGLANG_TEST_RETRACT": "1", "SGLANG_TEST_RETRACT_INTERVAL": "20"},
+    ),
+    # The smallest pool that the refusal of a smaller one names (test_server_errors.py).
+    "smallest": Launch("sglang_mosaic.launch_server", (*COMMON, "--mosaic-kv-mib", "24.0", "--mosaic-audit")),
+}
+
+_TROUBLE = re.compile(r"Traceback|[A-Z]\w*(?:Error|Exception)\b|\bERROR\b|\bleak|invariant|violat", re.IGNORECASE)
+# SGLang's settings, optional parts of it that are not installed, and clients that hung up.
+_HARMLESS = re.compile(r"server_args=|No module named|disconnected from the client side")
+
+
+class Server:
+    """One running server."""
+
+    def __init__(self, name: str, process: ServerProcess) -> None:
+        self.name = name
+        self.url = process.url
+        self.process = process
+
+    def generate(self, prompt: str | list[int], max_new_tokens: int) -> Answer:
+        """Greedy answer to a text or to token ids, exactly `max_new_tokens` long."""
+        response = requests.post(f"{self.url}/generate", json=generate_body(prompt, max_new_tokens), timeout=300)
+        assert response.ok, f"{self.name}: HTTP {response.status_code}: {response.text[:500]}"
+        return Answer.of(response.json())
+
+    def chat(self, messages: list[dict[str, str]], max_tokens: int = 24) -> tuple[str, int, int]:
+        """Greedy chat completion; its text, prompt tokens, and how many of those came from the cache."""
+        body = {"model": "default", "messages": messages, "max_tokens": max_tokens, "temperature": 0}
+        response = requests.post(f"{self.url}/v1/chat/completions", json=body, timeout=300)
+        assert response.ok, f"{self.name}: HTTP {response.status_code}: {response.text[:500]}"
+        reply = response.json()
+        usage = reply["usage"]
+        cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0
+        return reply["choices"][0]["message"]["content"], usage["prompt_tokens"], cached
+
+    def flush(self) -> None:
+        """Empty the prefix cache, once nothing runs any more."""
+        sglang_http.flush_cache(self.url)
+
+    def stats(self) -> dict[str, Any]:
+        """The pool's counters and gauges."""
+        return self._info()["internal_states"][0]["mosaic"]
+
+    def pool_tokens(self) -> int:
+        """Logical tokens of the pool."""
+        return self._info()["max_total_num_tokens"]
+
+    def metric(self, name: str) -> float:
+        """Sum of a Prometheus counter over its labels, 0 when it has not been counted yet."""
+        lines = requests.get(f"{self.url}/metrics", timeout=60).text.splitlines()
+        return sum(float(line.split()[-1]) for line in lines if re.match(rf"sglang:{name}[{{ ]", line))
+
+    def wait_for_audit(self, audits_before: int, patience_s: float = 120) -> dict[str, Any]:
+        """The pool's statistics after it went idle and passed another audit."""
+        deadline = time.monotonic() + patience_s
+        while True:
+            self.process.check_alive()
+            stats, load = self.stats(), requests.get(f"{self.url}/v1/loads", timeout=60).json()["loads"][0]
+            if stats["audits"] > audits_before and not load["num_running_reqs"] and not load["num_waiting_reqs"]:
+                return stats
+            assert time.monotonic() < deadline, f"{self.name}: no audit in {patience_s} s; {stats}, {load}"
+            time.sleep(0.5)
+
+    def trouble(self) -> list[str]:
+        """Lines of the log that tell of an exception, a leak or a violated invariant."""
+        lines = self.process.log_path.read_text(errors="replace").splitlines()
+        return [line[:300] for line in lines if _TROUBLE.search(line) and not _HARMLESS.search(line)]
+
+    def _info(self) -> dict[str, Any]:
+        return requests.get(f"{self.url}/get_server_info", timeout=60).json()
+
+
+class Servers:
+    """Starts servers when they are asked for, and stops the one unused the longest to make room."""
+
+    def __init__(self, model: Path, log_dir: Path) -> None:
+        self._model = model
+        self._log_dir = log_dir
+        self._starts = 0
+        self._alive: dict[str, Server] = {}  # last used last
+
+    def __getitem__(self, name: str) -> Server:
+        if name in self._alive:
+            self._alive[name] = self._alive.pop(name)
+            self._alive[name].process.check_alive()
+            return self._alive[name]
+        self.make_room()
+        self._starts += 1
+        launch, port = LAUNCHES[name], free_port(HOST)
+        url = f"http://{HOST}:{port}"
+        address = ("--model-path", str(self._model), "--port", str(port))
+        argv = python("-m", launch.module, *launch.flags, *address, **launch.environment)
+        process = ServerProcess(argv, url, self._log_dir / f"{self._starts}-{name}.log", health_timeout_s=300)
+        process.__enter__()
+        self._alive[name] = Server(name, process)
+        return self._alive[name]
+
+    def make_room(self) -> None:
+        """Leave room for one more server."""
+        while len(self._alive) >= MOST_ALIVE:
+            self.stop(next(iter(self._alive)))
+
+    def stop(self, name: str) -> None:
+        """Stop a server if it runs."""
+        server = self._alive.pop(name, None)
+        if server is not None:
+            server.process.stop()
+
+    def stop_all(self) -> None:
+        """Stop every server."""
+        for name in list(self._alive):
+            self.stop(name)
+
+
+def python(*arguments: str, **environment: str) -> list[str]:
+    """Command line of Python in the servers' environment, plus some variables."""
+    settings = [f"{name}={value}" for name, value in {**ENVIRONMENT, **environment}.items()]
+    # Without bytecode every process would compile all of SGLang anew.
+    return ["env", "-u", "PYTHONDONTWRITEBYTECODE", *settings, sys.executable, *arguments]
+
+
+def run_python(*arguments: str, timeout_s: float = 120) -> subprocess.CompletedProcess[str]:
+    """Run Python in the servers' environment; stdout and stderr come back together, as they would be read."""
+    return subprocess.run(
+        python(*arguments),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=timeout_s,
+    )
+
+
+def generate_body(prompt: str | list[int], max_new_tokens: int, **more: Any) -> dict[str, Any]:
+    """Body of /generate: greedy, of a fixed length, with what `Answer` needs."""
+    return {
+        ("text" if isinstance(prompt, str) else "input_ids"): prompt,
+        "sampling_params": {"max_new_tokens": max_new_tokens, "temperature": 0, "ignore_eos": True},
+        "return_logprob": True,
+        "top_logprobs_num": 2,
+        **more,
+    }
