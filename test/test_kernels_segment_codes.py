@@ -61,11 +61,14 @@ def check_keys(k, k_rot, bits, slack=0.0):
     low, high = k.amin(2, keepdim=True), k.amax(2, keepdim=True)
     step = torch.where(levels > 1, (high - low) / (levels - 1).clamp_min(1), high - low)
     float16 = 2.0**-11 * (low.abs() + high.abs() + levels * step) + levels * 2.0**-24
-    assert_within((k - k_rot).abs(), step / 2 + 2 * float16 + 1e-6 * k.abs() + slack)
+    assert_within((k - k_rot).abs(), step / 2 + 2 * float16 + 2.0**-20 * k.abs().amax((2, 3), keepdim=True) + slack)
 
 
 def check_values(v, v_rot, bits, slack=0.0):
-    """|error| <= step / 2 + step / 8 for the offset, a step rounded up by at most 1/8, per token and block."""
+    """|error| <= step / 2 per token and block of 32 channels, for a step rounded up by at most 1/8. [P, H, T, D].
+
+    Where all values are below 2^-15, they may decode to 0.
+    """
     levels = 2.0 ** widths(bits)
     for i, (block, decoded) in enumerate(zip(v.split(V_BLOCK, -1), v_rot.split(V_BLOCK, -1), strict=True)):
         n = levels[i * V_BLOCK]
@@ -73,8 +76,10 @@ def check_values(v, v_rot, bits, slack=0.0):
         if n == 1:
             assert not decoded.any()
             continue
-        step = torch.maximum((high - low) / (n - 1), low.abs() / 31.75) * 1.126 + 2.0**-17
-        assert_within((block - decoded).abs(), step * 0.626 + slack)
+        step = torch.maximum((high - low) / (n - 1 - n / 64), low.abs() * 64 / 127 / n) * 1.127
+        assert_within(
+            (block - decoded).abs(), step * 0.501 + 2.0**-15 + 2.0**-20 * v.abs().amax((2, 3), keepdim=True) + slack
+        )
 
 
 def test_error_bounds(fmt):

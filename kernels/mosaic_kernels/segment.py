@@ -9,7 +9,7 @@ from functools import cached_property
 GROUP = 16  # channels that share a bit width
 WIDTHS = (0, 2, 4, 8)  # bits per value that a group may get
 V_BLOCK = 32  # channels of one token's V that share a scale and an offset
-OFFSET_STEP = 0.25  # unit of V's offsets, in scales
+OFFSET_STEPS = 64  # units of V's offsets in the range of a code: a unit is 2^bits / 64 scales
 ALIGNMENT = 16  # bytes; a segment's length is a multiple of it (one vector load of a GPU)
 
 
@@ -28,8 +28,8 @@ class TensorPlanes:
     A decoded value is affine in its code, per channel for K and per token and block of 32 channels for V:
 
     - K: `offset + code * scale`, `scales` [coded] float16, `offsets` [dim] float16 (the value itself without a code);
-    - V: `(code + offset / 4) * scale`, `scales` [page_size, blocks] uint8, `offsets` [page_size, blocks] int8. A scale
-      byte is the upper half of a positive float16 (`byte << 7` are its bits); channels without a code are 0.
+    - V: `(code + offset * 2^bits / 64) * scale`, `scales` [page_size, blocks] uint8, `offsets` of that shape, int8. A
+      scale byte holds the upper bits of a positive float16, `byte << 7`; channels without a code are 0.
     """
 
     dim: int

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from mosaic_kernels.segment import OFFSET_STEP, V_BLOCK, SegmentFormat, TensorPlanes
+from mosaic_kernels.segment import OFFSET_STEPS, V_BLOCK, SegmentFormat, TensorPlanes
 
 
 def decode(
@@ -87,7 +87,12 @@ def _scale_channels(data: torch.Tensor, part: TensorPlanes, y: torch.Tensor) -> 
 
 def _scale_tokens(data: torch.Tensor, part: TensorPlanes, tokens: int, y: torch.Tensor) -> None:
     scales = (_plane(data, part.scales, tokens, part.blocks).short() << 7).view(torch.float16).float()
-    offsets = _plane(data, part.offsets, tokens, part.blocks).view(torch.int8) * OFFSET_STEP
+    offsets = _plane(data, part.offsets, tokens, part.blocks).view(torch.int8).float()
+    begin = 0
+    for bits, channels in ((8, part.wide), (4, part.nibble), (2, part.coded)):
+        end = -(-channels // V_BLOCK)
+        offsets[..., begin:end] *= 2**bits / OFFSET_STEPS
+        begin = end
     whole = part.coded // V_BLOCK
     blocks = y[..., : whole * V_BLOCK].unflatten(-1, (whole, V_BLOCK))
     blocks.add_(offsets[..., :whole, None]).mul_(scales[..., :whole, None])

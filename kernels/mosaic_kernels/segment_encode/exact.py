@@ -44,6 +44,8 @@ def _to_integers(x: torch.Tensor, largest: torch.Tensor, bits: int) -> tuple[tor
     """float64 integers of at most 2^bits in magnitude, and the power of two that one of them is worth, float64."""
     # largest < 2^exponent. Scaling and rounding are exact in float32: bits < 24.
     exponent = torch.frexp(largest).exponent.clamp_min(_SMALLEST_EXPONENT)
+    # frexp() leaves the exponent of NaN and infinity open; any will do, they stay what they are.
+    exponent = torch.where(largest.isfinite(), exponent, 0)
     # Powers of two from their bit patterns: pow() and ldexp() are not exact on every device.
     factor = (bits - exponent + 127 << 23).view(torch.float32)
     unit = (exponent.long() - bits + 1023 << 52).view(torch.float64)

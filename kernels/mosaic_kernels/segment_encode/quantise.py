@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import torch
 
-from mosaic_kernels.segment import OFFSET_STEP, V_BLOCK
+from mosaic_kernels.segment import OFFSET_STEPS, V_BLOCK
 
 INFINITE_SCALE = 0x7C00 >> 7  # scale byte of float16's infinity
-_LARGEST_OFFSET = 127 * OFFSET_STEP
 
 
 def quantise_channels(y: torch.Tensor, levels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -39,7 +38,7 @@ def quantise_channels(y: torch.Tensor, levels: torch.Tensor) -> tuple[torch.Tens
 
 
 def quantise_tokens(y: torch.Tensor, levels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """One scale and offset per token and block of 32 channels: |(code + offset / 4) * scale - y| <= 5/8 scale.
+    """One scale and offset per token and block of 32 channels, |(code + offset * unit) * scale - y| <= scale / 2.
 
     Values: attention sinks have values far smaller than their neighbours' and most of the attention mass, so a scale
     shared between tokens multiplies into the output. Scales are rounded up to 3 bits of mantissa.
@@ -50,19 +49,22 @@ def quantise_tokens(y: torch.Tensor, levels: torch.Tensor) -> tuple[torch.Tensor
 
     Returns:
         codes [..., T, D] uint8, scales [..., T, blocks] uint8 (`byte << 7` are the bits of a float16) and offsets
-        [..., T, blocks] int8 in quarters of a scale. Ranges beyond float16 give the byte of infinity, 248.
+        [..., T, blocks] int8 in units of levels / 64 scales. Values below 2^-15 may get scale 0; ranges beyond float16
+        and values that are not finite get an infinite scale, byte 248.
     """
     codes, scales, offsets = [], [], []
     for block, n in zip(y.split(V_BLOCK, -1), levels.split(V_BLOCK), strict=True):
         low, high = block.amin(-1, keepdim=True), block.amax(-1, keepdim=True)
-        # Large enough for the range, and for the offset to fit into its byte.
-        needed = torch.maximum((high * 0.5 - low * 0.5) / (n[:1] - 1) * 2, low.abs() / _LARGEST_OFFSET)
-        # NaN becomes infinity, whose bits survive the rounding: either way the token decodes to non-finite values.
-        needed = needed.nan_to_num(nan=torch.inf, posinf=torch.inf)
+        n = n[:1]
+        unit = n / OFFSET_STEPS
+        # Large enough for the range, one unit of rounding included, and for the offset to fit into its byte.
+        needed = torch.maximum((high * 0.5 - low * 0.5) / (n - 1 - unit) * 2, low.abs() / (127 * unit))
         scale_byte = needed.half().view(torch.int16) + 127 >> 7
+        # The bits of a NaN are arbitrary; an infinite scale decodes to infinity or NaN for every code.
+        scale_byte = torch.where(needed.isfinite(), scale_byte, INFINITE_SCALE)
         scale = (scale_byte << 7).view(torch.float16).float()
-        offset = (low / _divisor(scale) / OFFSET_STEP).round_().clamp_(-128, 127)
-        codes.append(_codes(block - offset * OFFSET_STEP * scale, scale, n))
+        offset = (low / _divisor(scale) / unit).floor_().clamp_(-128, 127)
+        codes.append(_codes(block - offset * unit * scale, scale, n))
         scales.append(scale_byte.byte())
         offsets.append(offset.char())
     return torch.cat(codes, -1), torch.cat(scales, -1), torch.cat(offsets, -1)
