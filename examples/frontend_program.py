@@ -20,10 +20,10 @@ def plan_a_trip(s, city):
     s += sgl.assistant(sgl.gen("known_for", max_tokens=32))
 
     branches = s.fork(len(SEASONS))
-    for season, branch in zip(SEASONS, branches):
+    for season, branch in zip(SEASONS, branches, strict=True):
         branch += sgl.user(f"What should I pack for {city} in {season}?")
         branch += sgl.assistant(sgl.gen("packing", max_tokens=32))
-    for season, branch in zip(SEASONS, branches):
+    for season, branch in zip(SEASONS, branches, strict=True):
         s[season] = branch["packing"]
 
     s += sgl.user("Which language do people speak there?")

@@ -25,7 +25,7 @@ def main() -> None:
         model_path=args.model_path, attention_backend="mosaic", max_running_requests=8, chunked_prefill_size=512
     ) as engine:
         answers = engine.generate(list(PROMPTS), {"temperature": 0, "max_new_tokens": 16})
-        for prompt, answer in zip(PROMPTS, answers):
+        for prompt, answer in zip(PROMPTS, answers, strict=True):
             print(prompt + answer["text"])
         pool = engine.get_server_info()["internal_states"][0]["mosaic"]
         print(f"{pool['logical_pages'] * 64} tokens fit into {pool['kv_bytes'] / 2**20:.0f} MiB of KV cache")

@@ -12,8 +12,8 @@ from openai import OpenAI
 
 ROOMS = ("Roman glass", "clocks", "maps of the coast", "ship models", "musical instruments", "early cameras", "kites")
 INSTRUCTIONS = "You are the guide of a small museum. Answer in one sentence.\n" + "\n".join(
-    f"Room {number} shows {what}; it opens at {8 + number} o'clock, and its guard sits beside the {side} door."
-    for number, (what, side) in enumerate(zip(ROOMS, ("left", "right") * 4), start=1)
+    f"Room {number} shows {what}. It opens at {8 + number} o'clock, and {10 * number} visitors find a seat there."
+    for number, what in enumerate(ROOMS, start=1)
 )
 QUESTIONS = ("Which room shows the ship models?", "When does room 2 open?", "Where can I see old cameras?")
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import aiohttp
+
 from real_server import generate_body
 
 LENGTHS = {1: 3, 63: 3, 64: 3, 65: 3, 128: 4, 300: 3, 700: 1, 1200: 1}

@@ -22,7 +22,8 @@ MOST_ALIVE = 2
 """Servers alive at a time: each takes about 2 GB and, while it serves, all of a small machine's cores."""
 
 ENVIRONMENT = {
-    "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "2"),
+    # More threads than idle cores make a server several times slower: they wait for each other spinning.
+    "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
     "HF_HUB_OFFLINE": "1",
     "TRANSFORMERS_OFFLINE": "1",
     "TOKENIZERS_PARALLELISM": "false",

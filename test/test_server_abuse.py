@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import pytest
+
 from abusive_clients import Abuse, plan
 from answers import Answer, largest_drift, wrong_answers
-from real_server import Server, Servers
-
 from benchmark.common.text import make_text
+from real_server import Server, Servers
 
 pytestmark = pytest.mark.server
 
@@ -30,8 +30,14 @@ def ask_probes(server: Server) -> dict[str, Answer]:
     return {f"{n}-tokens": server.generate(make_text(n, f"probe {n}"), 8) for n in PROBE_TOKENS}
 
 
-@pytest.mark.parametrize(("name", "requests", "seed"), [("seal", 120, 1), ("pressure", 180, 2)], ids=["seal", "pressure"])
-def test_aborts_disconnects_and_retries(servers: Servers, name: str, requests: int, seed: int) -> None:
+@pytest.mark.parametrize(
+    ("name", "requests", "seed", "small_pool"),
+    [("seal", 120, 1, False), ("pressure", 180, 2, True)],
+    ids=["seal", "pressure"],
+)
+def test_aborts_disconnects_and_retries(
+    servers: Servers, name: str, requests: int, seed: int, small_pool: bool
+) -> None:
     server = servers[name]
     calibrate(server)
     before = ask_probes(server)
@@ -41,15 +47,17 @@ def test_aborts_disconnects_and_retries(servers: Servers, name: str, requests: i
     abuse.run(plan(requests, seed), CLIENTS)
     stats = server.wait_for_audit(stats_before["audits"])
     evicted = server.metric("evicted_tokens_total") - evicted_before
+    retracted = server.metric("num_retracted_requests_total")
     encoded = stats["pages_encoded"] - stats_before["pages_encoded"]
     print(
         f"{name}: {dict(abuse.outcomes)}, {encoded} pages compressed, {stats['encodings_cancelled']} cancelled, "
-        f"{evicted:.0f} tokens evicted, {server.metric('num_retracted_requests_total'):.0f} requests retracted"
+        f"{evicted:.0f} tokens evicted, {retracted:.0f} requests retracted"
     )
     assert not abuse.wrong, "\n".join(abuse.wrong)
     assert abuse.outcomes["abort"] >= requests / 20, f"hardly any abort arrived in time: {abuse.outcomes}"
-    assert encoded > 50, "the pool was not under pressure: hardly a page was compressed"
-    assert evicted > 0, "the pool was not under pressure: nothing was evicted"
+    assert encoded > 50, f"only {encoded} pages were compressed"
+    if small_pool:
+        assert evicted > 0 and retracted > 0, f"{evicted} tokens evicted, {retracted} requests retracted: no pressure"
     assert stats["dense_frames_used"] + stats["mosaic_frames_used"] > 0, "the prefix tree holds nothing"
 
     after = ask_probes(server)

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
+
 from real_server import Server, Servers, run_python
 
 pytestmark = pytest.mark.server

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import requests
+
 from real_server import COMMON, Server, run_python
 
 pytestmark = pytest.mark.server

@@ -7,11 +7,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from answers import Answer, wrong_answers
-from real_server import Server, Servers
 from tokenizers import Tokenizer
 
+from answers import Answer, wrong_answers
 from benchmark.common.text import make_text
+from real_server import Server, Servers
 
 pytestmark = pytest.mark.server
 
@@ -87,9 +87,7 @@ def test_the_prompts_hit_and_evict(stock: tuple[Answers, Answers]) -> None:
     assert cached["long-with-another-end"] == LONG // 2 // 64 * 64
 
 
-def test_prompts_sent_at_once_are_answered_alike(
-    stock: tuple[Answers, Answers], ours: tuple[Answers, Answers]
-) -> None:
+def test_prompts_sent_at_once_are_answered_alike(stock: tuple[Answers, Answers], ours: tuple[Answers, Answers]) -> None:
     wrong = wrong_answers(stock[1], ours[1])
     assert not wrong, "differs from stock beyond a near-tie:\n" + "\n".join(wrong)
 

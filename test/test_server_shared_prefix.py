@@ -7,9 +7,9 @@ import json
 import openai
 import pytest
 import requests
-from real_server import Server
 
 from benchmark.common.text import make_text
+from real_server import Server
 
 pytestmark = pytest.mark.server
 

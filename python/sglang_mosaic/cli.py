@@ -20,15 +20,16 @@ def main(argv: list[str] | None = None) -> int:
         "start and with how many frames. Nothing is served and no weights are loaded. Exit status 1 if a check fails.",
     )
     doctor.add_argument("--json", action="store_true", help="print the checks as JSON")
-    commands.add_parser("model", help="fetch and convert the embedded default model; print its path")
-    args, server_flags = parser.parse_known_args(argv)
+    # No help of its own: every option goes to the module that does the work.
+    commands.add_parser("model", help="fetch and convert the embedded default model; print its path", add_help=False)
+    args, others = parser.parse_known_args(argv)
     if args.command == "model":
         from sglang_mosaic.embedded_model.__main__ import main as print_model_path
 
-        return print_model_path([])
+        return print_model_path(others)
     from sglang_mosaic.doctor import report
 
-    return report(server_flags, as_json=args.json)
+    return report(others, as_json=args.json)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""What the scheduler tells us and we tell the world: recent windows, the idle audit, statistics."""
+"""What the scheduler tells us and we tell the world: recent windows, the longest prompt, the idle audit,
+statistics."""
 
 from __future__ import annotations
 
