@@ -64,7 +64,7 @@ LAUNCHES = {
     # Pages are compressed as soon as they leave the recent window; 12,800 logical tokens.
     "seal": Launch(
         "sglang_mosaic.launch_server",
-        (*COMMON, "--mosaic-encode", "seal", "--mosaic-kv-mib", "105", "--mosaic-audit"),
+        (*COMMON, "--mosaic-encode", "seal", "--mosaic-kv-mib", "111", "--mosaic-audit"),
     ),
     # Pages are compressed when memory runs out (the default); 4,096 logical tokens. Started as a drop-in by SGLang's
     # own launcher, and made to retract a running request now and then.
@@ -72,12 +72,12 @@ LAUNCHES = {
         "sglang.launch_server",
         (
             *("--attention-backend", "mosaic", "--radix-cache-backend", "mosaic"),
-            *(*COMMON, "--mosaic-kv-mib", "51", "--mosaic-audit"),
+            *(*COMMON, "--mosaic-kv-mib", "57", "--mosaic-audit"),
         ),
         {"SGLANG_TEST_RETRACT": "1", "SGLANG_TEST_RETRACT_INTERVAL": "20"},
     ),
     # The smallest pool that the refusal of a smaller one names (test_server_errors.py).
-    "smallest": Launch("sglang_mosaic.launch_server", (*COMMON, "--mosaic-kv-mib", "24.0", "--mosaic-audit")),
+    "smallest": Launch("sglang_mosaic.launch_server", (*COMMON, "--mosaic-kv-mib", "29.6", "--mosaic-audit")),
 }
 
 _TROUBLE = re.compile(r"Traceback|[A-Z]\w*(?:Error|Exception)\b|\bERROR\b|\bleak|invariant|violat", re.IGNORECASE)

@@ -55,6 +55,7 @@ def test_every_byte_is_counted(fmt):
     assert data.numel() == codec.frame_bytes and data.is_contiguous()
     assert codec.ratio == (k.nbytes + v.nbytes) / data.nbytes
     assert codec.state_bytes == sum(matrix.nbytes for matrix in codec._bases[0])
+    assert codec.table_bytes == codec.state_bytes
 
 
 @pytest.mark.parametrize(("k_dim", "v_dim"), [(64, 64), (96, 96), (128, 128), (256, 256), (192, 128), (80, 80)])

@@ -78,3 +78,9 @@ def test_requests_are_chosen_to_fit_when_not_given():
     made = plan(100 * MIB, max_running_requests=None)
     assert 1 <= made.max_running_requests <= 8
     assert made.dense_frames >= reserve_dense_frames(made.max_running_requests, 512, 2)
+
+
+def test_the_codecs_tables_come_out_of_the_memory():
+    with_tables = plan(200 * MIB, table_bytes=6_000_000)
+    assert with_tables.total_bytes <= 200 * MIB
+    assert plan(200 * MIB).mosaic_frames - with_tables.mosaic_frames == pytest.approx(6_000_000 / FRAMES.mosaic, abs=1)

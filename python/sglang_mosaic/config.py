@@ -24,7 +24,7 @@ class MosaicConfig:
     kv_mib: float | None = None
     """Memory for all KV frames, MiB per rank. None: what SGLang would give its own pool (--mem-fraction-static)."""
     dense_fraction: float = 0.1
-    """Share of the KV memory kept as dense frames, beyond the smallest reserve that the capacity theorem asks for."""
+    """Share of the KV memory kept as dense frames, unless the reserve of the capacity theorem is larger."""
     window_pages: int = 2
     """Pages at the end of each running request that stay dense, in pages of 64 tokens."""
     calibration_pages: int = 16

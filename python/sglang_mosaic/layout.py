@@ -34,6 +34,8 @@ class MemoryPlan:
     mosaic_frames: int
     max_running_requests: int
     frame_bytes: FrameBytes
+    table_bytes: int = 0
+    """Bytes of the codec's tables."""
 
     @property
     def logical_pages(self) -> int:
@@ -45,8 +47,9 @@ class MemoryPlan:
 
     @property
     def total_bytes(self) -> int:
-        """Bytes of all frames that can hold a page, the reserved frame included."""
-        return (self.dense_frames + 1) * self.frame_bytes.dense + self.mosaic_frames * self.frame_bytes.mosaic
+        """Bytes of everything: all frames, the reserved one included, and the codec's tables."""
+        dense, mosaic = self.frame_bytes.dense, self.frame_bytes.mosaic
+        return (self.dense_frames + 1) * dense + self.mosaic_frames * mosaic + self.table_bytes
 
     def describe(self) -> str:
         dense_only = self.total_bytes // self.frame_bytes.dense * PAGE_SIZE
@@ -79,6 +82,7 @@ def plan_memory(
     max_total_tokens: int | None = None,
     compress: bool = True,
     prefer_dense: bool = True,
+    table_bytes: int = 0,
 ) -> MemoryPlan:
     """Share ``kv_bytes`` out over dense and mosaic frames.
 
@@ -89,6 +93,7 @@ def plan_memory(
             into ``dense_fraction`` or a quarter of the memory, whichever is more.
         max_total_tokens: upper limit of logical tokens (SGLang's --max-total-tokens).
         compress: False plans dense frames only.
+        table_bytes: bytes of the codec's tables, taken out of ``kv_bytes`` first if anything is to be compressed.
         prefer_dense: if ``max_total_tokens`` fit uncompressed, plan no mosaic frames: nobody needs the memory.
 
     Raises:
@@ -101,9 +106,10 @@ def plan_memory(
         dense = dense if limit is None else min(dense, limit)
         needed = minimum_dense_frames(max_running_requests or 1, 1)
         if dense < needed:
-            raise _too_small(kv_bytes, limit, needed, frame_bytes, max_running_requests or 1, 1)
+            raise _too_small(kv_bytes, limit, needed, frame_bytes, 0, max_running_requests or 1, 1)
         return MemoryPlan(dense, 0, max_running_requests or dense, frame_bytes)
 
+    usable -= table_bytes
     affordable = max(usable, 0) // frame_bytes.dense
     wanted = int((affordable if limit is None else min(affordable, limit)) * dense_fraction)
     running = max_running_requests or _fitting_requests(max(wanted, affordable // 4), chunk_tokens, window_pages)
@@ -112,11 +118,11 @@ def plan_memory(
     if limit is not None:
         dense = limit if prefer_dense and limit <= affordable else min(dense, limit)
     if dense < minimum:
-        raise _too_small(kv_bytes, limit, minimum, frame_bytes, running, chunk_tokens)
+        raise _too_small(kv_bytes, limit, minimum, frame_bytes, table_bytes, running, chunk_tokens)
     mosaic = (usable - dense * frame_bytes.dense) // frame_bytes.mosaic
     if limit is not None:
         mosaic = min(mosaic, limit - dense)
-    return MemoryPlan(dense, mosaic, running, frame_bytes)
+    return MemoryPlan(dense, mosaic, running, frame_bytes, table_bytes)
 
 
 def _fitting_requests(dense_frames: int, chunk_tokens: int, window_pages: int) -> int:
@@ -124,9 +130,15 @@ def _fitting_requests(dense_frames: int, chunk_tokens: int, window_pages: int) -
 
 
 def _too_small(
-    kv_bytes: int, limit: int | None, minimum: int, frame_bytes: FrameBytes, running: int, chunk_tokens: int
+    kv_bytes: int,
+    limit: int | None,
+    minimum: int,
+    frame_bytes: FrameBytes,
+    table_bytes: int,
+    running: int,
+    chunk_tokens: int,
 ) -> ConfigError:
-    needed_mib = (minimum + 1) * frame_bytes.dense / MIB
+    needed_mib = ((minimum + 1) * frame_bytes.dense + table_bytes) / MIB
     found = f"KV memory of {kv_bytes / MIB:.1f} MiB"
     if limit is not None and limit < minimum:
         found = f"--max-total-tokens {limit * PAGE_SIZE}"

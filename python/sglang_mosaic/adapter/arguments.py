@@ -40,8 +40,8 @@ def add_mosaic_group(parser: argparse.ArgumentParser) -> None:
         "--mosaic-dense-fraction",
         type=float,
         default=default.dense_fraction,
-        help="share of the KV memory kept for uncompressed pages, 0 to 1, beyond the reserve that running requests "
-        "need. Default: %(default)s.",
+        help="share of the KV memory kept for uncompressed pages, 0 to 1, unless the reserve of running requests is "
+        "larger. Default: %(default)s.",
     )
     group.add_argument(
         "--mosaic-window-pages",

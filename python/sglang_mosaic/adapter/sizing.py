@@ -6,6 +6,8 @@ import dataclasses
 import logging
 from typing import Any
 
+import torch
+
 from sglang_mosaic.adapter.arguments import selects_mosaic
 from sglang_mosaic.adapter.geometry import Geometry
 from sglang_mosaic.config import MosaicConfig
@@ -71,9 +73,13 @@ def expected_plan(server_args: Any, kv_bytes: int) -> MemoryPlan:
 
 
 def _plan(config: MosaicConfig, server_args: Any, geometry: Geometry, kv_bytes: int) -> MemoryPlan:
+    if geometry.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        raise ConfigError(f"the checkpoint asks for a {geometry.dtype} KV cache: use --kv-cache-dtype bfloat16.")
+    codec = geometry.codec()
     return plan_memory(
         kv_bytes=kv_bytes,
-        frame_bytes=FrameBytes(geometry.dense_frame_bytes, geometry.codec().frame_bytes * geometry.layers),
+        frame_bytes=FrameBytes(geometry.dense_frame_bytes, codec.frame_bytes * geometry.layers),
+        table_bytes=codec.table_bytes,
         chunk_tokens=largest_prefill(server_args, geometry.context_length),
         window_pages=config.window_pages,
         dense_fraction=config.dense_fraction,

@@ -46,6 +46,11 @@ class SegmentCodec(ABC):
 
     @property
     @abstractmethod
+    def table_bytes(self) -> int:
+        """Bytes of device memory that the bases take once every layer is calibrated; known from the start."""
+
+    @property
+    @abstractmethod
     def state_bytes(self) -> int:
         """Bytes of device memory that the codec holds besides the frames: bases and moments."""
 

@@ -84,6 +84,12 @@ class PlanesCodec(SegmentCodec):
         return self._revision
 
     @property
+    def table_bytes(self) -> int:
+        # Four float32 matrices a head: two for K and queries, two for V and outputs (basis.py).
+        matrices = 2 * (self.format.k_dim**2 + self.format.v_dim**2)
+        return len(self._bases) * self._heads * matrices * torch.float32.itemsize
+
+    @property
     def state_bytes(self) -> int:
         return self._moments.nbytes + sum(matrix.nbytes for basis in self._bases if basis for matrix in basis)
 

@@ -80,7 +80,8 @@ def _reserve(plan: MemoryPlan, chunk_tokens: int, window_pages: int) -> Finding:
     running = plan.max_running_requests
     least = minimum_dense_frames(running, chunk_tokens)
     wanted = reserve_dense_frames(running, chunk_tokens, window_pages)
-    least_mib = (least + 1) * plan.frame_bytes.dense / MIB + 0.05  # rounded up, as in the refusal of a smaller pool
+    # Rounded up, as in the refusal of a smaller pool.
+    least_mib = ((least + 1) * plan.frame_bytes.dense + plan.table_bytes) / MIB + 0.05
     text = (
         f"{running} running requests need at least {least} dense frames ({least_mib:.1f} MiB); with {wanted} every "
         "recent window stays uncompressed"
