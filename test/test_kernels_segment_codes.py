@@ -147,6 +147,15 @@ def test_bytes_do_not_depend_on_threads_or_strides():
     assert torch.equal(data, encode(strided.copy_(k), v, *bases, fmt))
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_cuda_gives_the_same_bytes(fmt):
+    tensors = (*sample(fmt, pages=20), *rotations(fmt))
+    data = encode(*tensors, fmt)
+    assert torch.equal(encode(*(x.cuda() for x in tensors), fmt).cpu(), data)
+    for ours, theirs in zip(decode(data, fmt), decode(data.cuda(), fmt), strict=True):
+        torch.testing.assert_close(theirs.cpu(), ours, rtol=1e-6, atol=1e-6)
+
+
 def test_decoding_depends_on_the_page_alone(fmt):
     k, v = sample(fmt, pages=4)
     data = encode(k, v, *rotations(fmt), fmt)

@@ -16,15 +16,20 @@ from sglang_mosaic.errors import MosaicError
 
 
 def default_format(k_dim: int, v_dim: int) -> SegmentFormat:
-    """The default pattern: 4 bits in every channel of K and V."""
+    """The default pattern: 4 bits in every channel of K and V, 3.56x smaller than bfloat16 with everything counted.
+
+    Error of the attention output, SmolLM2-135M / Qwen2.5-Coder-0.5B, 2,816 tokens of a novel, end pages exact:
+    .038 / .057; KIVI at the same bytes .043 / .059; 8422 for K .069 / .078. With nothing exact .075 / .092, KIVI .091 /
+    .110; an exact exception token per segment .058 / .072, but only 3.37x; per-channel scales for V .206 / .166.
+    """
     return SegmentFormat(k_dim=k_dim, v_dim=v_dim, k_bits=(4,) * (k_dim // GROUP), v_bits=(4,) * (v_dim // GROUP))
 
 
 class PlanesCodec(SegmentCodec):
-    """Per-channel-per-segment quantisation with a fixed number of bits per group of 16 channels.
+    """Fixed bits per group of 16 channels; scales per channel and segment for K, per token and 32 channels for V.
 
-    Sources: per-channel scales from KIVI (arXiv 2402.02750); segments, bases from an SVD and the idea of spending bytes
-    by importance from MosaicKV (arXiv 2607.00760).
+    Sources: the axes of the scales from KIVI (arXiv 2402.02750); segments, bases from an SVD and spending bytes by
+    importance from MosaicKV (arXiv 2607.00760).
 
     Args:
         layers: layers of the pool.
