@@ -104,3 +104,18 @@ def test_audit_names_a_frame_with_two_owners():
     pages.frame[2] = pages.frame[1]
     with pytest.raises(InvariantError, match=r"frame [12] has [02] owners"):
         audit_frames(pages)
+
+
+def test_cold_pages_are_looked_for_only_after_another_page_was_sealed():
+    looks = []
+    pages = pool(8, 8, lambda: looks.append(1) or {2})
+    sealed(pages, [1, 2, 3], sinks=[1])
+    for _ in range(5):
+        pages.encode_cold()
+    assert [e.page for e in pages.take_updates().encodings] == [3]
+    assert len(looks) == 1
+    pages.recent_pages = frozenset
+    sealed(pages, [4])
+    pages.encode_cold()
+    assert [e.page for e in pages.take_updates().encodings] == [2, 4]
+    audit_frames(pages)

@@ -81,6 +81,7 @@ class PageLifecycle:
         self.mosaic.reset()
         self.sealed: dict[int, None] = {}  # insertion order: oldest seal first
         self.sinks: set[int] = set()
+        self._newly_sealed = False
         self._encodings: dict[int, Encoding] = {}
         self._table: dict[int, int] = {page: UNMAPPED for page in range(1, size)}
 
@@ -114,6 +115,7 @@ class PageLifecycle:
             if self.state[page] is PageState.OPEN:
                 self.state[page] = PageState.SEALED
                 self.sealed[page] = None
+                self._newly_sealed = True
 
     def free(self, pages: Iterable[int]) -> None:
         """Any state -> FREE; the frame may be reused, a pending encoding is dropped.
@@ -137,8 +139,13 @@ class PageLifecycle:
             self.counters.freed += 1
 
     def encode_cold(self) -> None:
-        """SEALED -> ENCODING for every sealed page outside recent windows that is no sink, as far as frames allow."""
-        if self.sealed and self.mosaic.free:
+        """SEALED -> ENCODING for every sealed page outside recent windows that is no sink, as far as frames allow.
+
+        Looks only after another page was sealed: windows move with the pages that fill up, and finding them may have to
+        read the device, which no decode step should wait for.
+        """
+        if self._newly_sealed and self.mosaic.free:
+            self._newly_sealed = False
             self._reserve(choose_victims(self.sealed, self.sinks, self.recent_pages(), self.mosaic.free).cold)
 
     def take_updates(self) -> Updates:
