@@ -15,7 +15,7 @@ FLOORS = {
     "pool": 1, "codec": 1,
     "cache": 3,
     "adapter": 4,
-    "launch_server": 5, "cli": 5, "doctor": 5, "embedded_model": 5,
+    "launch_server": 5, "cli": 5, "calibrate": 5, "doctor": 5, "embedded_model": 5,
 }  # fmt: skip
 PEERS = {"pool", "codec"}
 

@@ -7,52 +7,78 @@ from dataclasses import dataclass
 from functools import cached_property
 
 GROUP = 16  # channels that share a bit width
-WIDTHS = (0, 2, 4, 8)  # bits per value that a group may get
+BASE_BITS = {0: 0, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 8: 4}
+"""Bits per value that a group may get -> how many of them are in its base plane; the others refine it."""
+WIDTHS = tuple(BASE_BITS)
 V_BLOCK = 32  # channels of one token's V that share a scale and an offset
 OFFSET_STEPS = 64  # units of V's offsets in the range of a code: a unit is 2^bits / 64 scales
 ALIGNMENT = 16  # bytes; a segment's length is a multiple of it (one vector load of a GPU)
+HEADER = 16  # bytes; what they mean is the codec's business
+
+
+@dataclass(frozen=True)
+class Plane:
+    """Some bits of the codes of consecutive groups, [page_size, groups, 2 * bits] uint8 from byte `start`.
+
+    Token-major, so that one token's codes are consecutive. Byte j of a group holds the channels j + i * 2 * bits of the
+    group, i = 0 .. 8 / bits - 1, lowest bits first.
+    """
+
+    bits: int
+    first: int
+    """First group."""
+    groups: int
+    start: int
+
+    @property
+    def channels(self) -> slice:
+        """The channels that the plane covers."""
+        return slice(self.first * GROUP, (self.first + self.groups) * GROUP)
 
 
 @dataclass(frozen=True)
 class TensorPlanes:
     """Where the parts of K or of V lie in a segment. Offsets are bytes from the start of the segment.
 
-    Channels are ordered by bit width: [0, wide) have 8 bits, [wide, nibble) have 4, [nibble, coded) have 2 and
-    [coded, dim) have none. Planes are token-major, so that one token's codes are consecutive:
-
-    - `nibbles` [page_size, nibble/2] uint8: the 4 leading bits; byte j holds channel j (low half) and j + nibble/2;
-    - `crumbs` [page_size, (coded-nibble)/4] uint8: 2 bits; byte j holds channels j + i*(coded-nibble)/4, i = 0..3,
-      lowest bits first, counted from channel `nibble`;
-    - `low_nibbles` [page_size, wide/2] uint8: the 4 trailing bits of 8-bit channels, packed as `nibbles`.
+    Channels are ordered by bit width; the first `coded` have codes, the others none. A code is its base bits followed
+    by its refinement bits. Without refinement a code stands for the middle of those that share its base.
 
     A decoded value is affine in its code, per channel for K and per token and block of 32 channels for V:
 
     - K: `offset + code * scale`, `scales` [coded] float16, `offsets` [dim] float16 (the value itself without a code);
     - V: `(code + offset * 2^bits / 64) * scale`, `scales` [page_size, blocks] uint8, `offsets` of that shape, int8. A
-      scale byte holds the upper bits of a positive float16, `byte << 7`; channels without a code are 0.
+      scale byte holds the upper bits of a positive float16, `byte << 7`; channels without a code are the mean V.
     """
 
     dim: int
-    wide: int
-    nibble: int
+    bits: tuple[int, ...]
     coded: int
     blocks: int
-    nibbles: int
-    crumbs: int
-    low_nibbles: int
     scales: int
     offsets: int
+    base: tuple[Plane, ...]
+    refinement: tuple[Plane, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
 class SegmentFormat:
-    """Fixed format of a segment; equal formats have equal bytes.
+    """One way to lay out a segment; equal formats lay out equally.
+
+    A header of 16 bytes; scales, offsets, mean V and exceptions; padding to 16 bytes; base planes of K and V;
+    refinement planes of K and V. Cutting a segment off after its base planes leaves a valid,
+    coarser one.
+
+    - `mean_v` [v_dim] int8 times `mean_scales` [v_dim / 32] (a byte as V's scales): mean of the rotated values, what
+      far tokens and channels without codes are taken for;
+    - `exceptions`: tokens kept as float16, `exception_tokens` [exceptions] uint8, `exception_k` [exceptions, k_dim],
+      `exception_v` [exceptions, v_dim]. Their codes are arbitrary.
 
     Args:
-        page_size: tokens per segment.
+        page_size: tokens per segment, at most 256.
         k_dim, v_dim: channels of K and V, multiples of 16.
-        k_bits, v_bits: bits per value of each 16-channel group, from {0, 2, 4, 8}, never increasing (the bases sort
-            channels by energy). The two groups of a block of 32 channels of V have the same.
+        k_bits, v_bits: bits per value of each 16-channel group, from WIDTHS, never increasing (the bases sort channels
+            by energy). The two groups of a block of 32 channels of V have the same.
+        exceptions: tokens kept uncompressed.
 
     Raises:
         ValueError: naming the argument.
@@ -63,29 +89,57 @@ class SegmentFormat:
     v_dim: int
     k_bits: tuple[int, ...]
     v_bits: tuple[int, ...]
+    exceptions: int = 0
 
     def __post_init__(self) -> None:
-        if self.page_size < 1:
-            raise ValueError(f"page_size must be at least 1 token, got {self.page_size}")
+        if not 1 <= self.page_size <= 256:
+            raise ValueError(f"page_size must be 1 to 256 tokens, got {self.page_size}")
+        if not 0 <= self.exceptions < self.page_size:
+            raise ValueError(f"exceptions must be 0 to page_size - 1, got {self.exceptions}")
         for name in ("k", "v"):
             _check_bits(name, getattr(self, f"{name}_dim"), getattr(self, f"{name}_bits"))
         if any(a != b for a, b in zip(self.v_bits[::2], self.v_bits[1::2], strict=False)):
             raise ValueError(f"v_bits must be equal within each block of {V_BLOCK} channels, got {self.v_bits}")
 
-    @cached_property
+    @property
     def k(self) -> TensorPlanes:
         """Layout of the keys."""
         return self._layout[0]
 
-    @cached_property
+    @property
     def v(self) -> TensorPlanes:
         """Layout of the values."""
         return self._layout[1]
 
-    @cached_property
+    @property
+    def mean_v(self) -> int:
+        return self._layout[2]
+
+    @property
+    def mean_scales(self) -> int:
+        return self._layout[3]
+
+    @property
+    def exception_k(self) -> int:
+        return self._layout[4]
+
+    @property
+    def exception_v(self) -> int:
+        return self._layout[5]
+
+    @property
+    def exception_tokens(self) -> int:
+        return self._layout[6]
+
+    @property
+    def base_bytes(self) -> int:
+        """Bytes up to the end of the base planes."""
+        return self._layout[7]
+
+    @property
     def segment_bytes(self) -> int:
-        """Bytes of one segment, padding to a multiple of 16 included."""
-        return -(-self._layout[2] // ALIGNMENT) * ALIGNMENT
+        """Bytes of one segment, a multiple of 16."""
+        return self._layout[8]
 
     @property
     def dense_bytes(self) -> int:
@@ -98,23 +152,52 @@ class SegmentFormat:
         return self.dense_bytes / self.segment_bytes
 
     @cached_property
-    def _layout(self) -> tuple[TensorPlanes, TensorPlanes, int]:
-        at = 0
+    def _layout(self) -> tuple[TensorPlanes, TensorPlanes, int, int, int, int, int, int, int]:
+        at = HEADER
 
         def take(nbytes: int) -> int:
             nonlocal at
             at += nbytes
             return at - nbytes
 
-        def planes(dim: int, bits: tuple[int, ...], per_token: bool) -> TensorPlanes:
-            wide, nibble, coded = (sum(b >= w for b in bits) * GROUP for w in (8, 4, 2))
-            blocks = -(-coded // V_BLOCK)
-            starts = [take(self.page_size * n) for n in (nibble // 2, (coded - nibble) // 4, wide // 2)]
-            sizes = [self.page_size * blocks] * 2 if per_token else [2 * coded, 2 * dim]
-            return TensorPlanes(dim, wide, nibble, coded, blocks, *starts, *(take(n) for n in sizes))
+        def align() -> int:
+            return take(-at % ALIGNMENT)
 
-        # K first: all of its parts are even, so its float16 parts are aligned.
-        return planes(self.k_dim, self.k_bits, False), planes(self.v_dim, self.v_bits, True), at
+        def planes(runs: list[tuple[int, int, int]]) -> tuple[Plane, ...]:
+            return tuple(
+                Plane(bits, first, groups, take(self.page_size * groups * 2 * bits)) for bits, first, groups in runs
+            )
+
+        k_coded, v_coded = (sum(b > 0 for b in bits) * GROUP for bits in (self.k_bits, self.v_bits))
+        blocks = -(-v_coded // V_BLOCK)
+        # Parts of two bytes a value first, so that they are aligned.
+        k_tables = take(2 * k_coded), take(2 * self.k_dim)
+        exception_k, exception_v = take(2 * self.exceptions * self.k_dim), take(2 * self.exceptions * self.v_dim)
+        v_tables = take(self.page_size * blocks), take(self.page_size * blocks)
+        mean_v, mean_scales = take(self.v_dim), take(-(-self.v_dim // V_BLOCK))
+        exception_tokens = take(self.exceptions)
+        align()
+        base = [planes(_runs(bits, lambda width: BASE_BITS[width])) for bits in (self.k_bits, self.v_bits)]
+        base_bytes = at
+        align()
+        refinement = [
+            planes(_runs(bits, lambda width: width - BASE_BITS[width])) for bits in (self.k_bits, self.v_bits)
+        ]
+        align()
+        k = TensorPlanes(self.k_dim, self.k_bits, k_coded, 0, *k_tables, base[0], refinement[0])
+        v = TensorPlanes(self.v_dim, self.v_bits, v_coded, blocks, *v_tables, base[1], refinement[1])
+        return k, v, mean_v, mean_scales, exception_k, exception_v, exception_tokens, base_bytes, at
+
+
+def _runs(widths: tuple[int, ...], part) -> list[tuple[int, int, int]]:
+    """(bits, first group, groups) of maximal runs of groups with the same width whose part is not empty."""
+    runs, first = [], 0
+    for bits, members in itertools.groupby(widths, key=part):
+        groups = len(list(members))
+        if bits:
+            runs.append((bits, first, groups))
+        first += groups
+    return runs
 
 
 def _check_bits(name: str, dim: int, bits: tuple[int, ...]) -> None:

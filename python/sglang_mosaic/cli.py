@@ -22,11 +22,16 @@ def main(argv: list[str] | None = None) -> int:
     doctor.add_argument("--json", action="store_true", help="print the checks as JSON")
     # No help of its own: every option goes to the module that does the work.
     commands.add_parser("model", help="fetch and convert the embedded default model; print its path", add_help=False)
+    commands.add_parser("calibrate", help="calibrate the codec on a text, for --mosaic-calibration", add_help=False)
     args, others = parser.parse_known_args(argv)
     if args.command == "model":
         from sglang_mosaic.embedded_model.__main__ import main as print_model_path
 
         return print_model_path(others)
+    if args.command == "calibrate":
+        from sglang_mosaic.calibrate import main as calibrate
+
+        return calibrate(others)
     from sglang_mosaic.doctor import report
 
     return report(others, as_json=args.json)

@@ -13,6 +13,9 @@ ENVIRONMENT_VARIABLE = "SGLANG_MOSAIC_CONFIG"
 
 ENCODE_POLICIES = ("pressure", "seal", "off")
 
+CODECS = ("planes", "topk", "int8", "kivi4", "kivi3", "kivi2", "channel-drop")
+"""planes is the codec of this project; the others are baselines to compare with (codec/baselines/)."""
+
 
 @dataclasses.dataclass(frozen=True)
 class MosaicConfig:
@@ -29,6 +32,27 @@ class MosaicConfig:
     """Pages at the end of each running request that stay dense, in pages of 64 tokens."""
     calibration_pages: int = 16
     """Sealed pages that must exist before ``encode=seal`` calibrates the codec, in pages of 64 tokens."""
+    codec: str = "planes"
+    """How pages are compressed."""
+    ratio: float = 4.0
+    """bf16 bytes of a page per byte of its compressed frame; planes and topk only."""
+    max_error: float | None = None
+    """Largest relative error of the attention output that a page may be expected to make; pages beyond it stay
+    uncompressed as long as others can go. None: no limit."""
+    calibration: str | None = None
+    """File written by ``sglang-mosaic calibrate``. None: calibrate on the first pages that are compressed."""
+    save_calibration: str | None = None
+    """File that every calibration of this server is written to."""
+    refresh_pages: int = 0
+    """Compressed pages after which the codec is calibrated anew, twice as many after that, and so on. 0: never."""
+    select: float = 0.0
+    """Share of a context's compressed tokens that a decode step reads at most. 0: all of them."""
+    select_top_p: float = 0.99
+    """Share of the attention mass after which selection stops below that."""
+    select_from: int = 4096
+    """Compressed tokens of a context below which all are read."""
+    select_steps: int = 1
+    """Decode steps that share a selection."""
     audit: bool = False
     """Check every invariant of the pool whenever the server is idle, and stop it on the first violation."""
 
@@ -45,10 +69,42 @@ class MosaicConfig:
             )
         if self.calibration_pages < 1:
             raise ConfigError(f"--mosaic-calibration-pages: got {self.calibration_pages}, give at least 1.")
+        self._check_codec()
+        self._check_selection()
+
+    def _check_codec(self) -> None:
+        if self.codec not in CODECS:
+            raise ConfigError(f"--mosaic-codec: got {self.codec!r}, choose one of {', '.join(CODECS)}.")
+        if not 1.5 <= self.ratio <= 12.0:
+            raise ConfigError(f"--mosaic-ratio: got {self.ratio}, give a number between 1.5 and 12.")
+        if self.max_error is not None and not self.max_error > 0:
+            raise ConfigError(f"--mosaic-max-error: got {self.max_error}, give a positive number or leave it out.")
+        if self.refresh_pages < 0:
+            raise ConfigError(f"--mosaic-refresh-pages: got {self.refresh_pages}, give 0 (never) or more.")
+        if self.codec != "planes":
+            for name, off in (("calibration", None), ("save_calibration", None), ("refresh_pages", 0), ("select", 0.0)):
+                if getattr(self, name) != off:
+                    flag = f"--mosaic-{name.replace('_', '-')}"
+                    raise ConfigError(f"{flag}: got {getattr(self, name)!r}, which needs --mosaic-codec planes.")
+
+    def _check_selection(self) -> None:
+        if not 0.0 <= self.select <= 1.0:
+            raise ConfigError(f"--mosaic-select: got {self.select}, give a share between 0 (read all) and 1.")
+        if not 0.0 < self.select_top_p <= 1.0:
+            raise ConfigError(f"--mosaic-select-top-p: got {self.select_top_p}, give a share above 0, at most 1.")
+        if self.select_from < 0:
+            raise ConfigError(f"--mosaic-select-from: got {self.select_from}, give a number of tokens.")
+        if self.select_steps < 1:
+            raise ConfigError(f"--mosaic-select-steps: got {self.select_steps}, give at least 1.")
 
     @property
     def compresses(self) -> bool:
         return self.encode != "off"
+
+    @property
+    def live_epochs(self) -> int:
+        """Calibrations whose tables are held at a time."""
+        return 2 if self.refresh_pages else 1
 
     def store(self) -> None:
         """Publish this configuration to the processes that this one will start."""

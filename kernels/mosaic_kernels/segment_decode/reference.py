@@ -1,110 +1,121 @@
-"""Reference decoder. Plain torch, any device; written for few passes over the output, it runs in every decode step."""
+"""Reference decoder. Plain torch, any device."""
 
 from __future__ import annotations
 
 import torch
 
-from mosaic_kernels.segment import OFFSET_STEPS, V_BLOCK, SegmentFormat, TensorPlanes
+from mosaic_kernels.segment import GROUP, OFFSET_STEPS, V_BLOCK, Plane, SegmentFormat, TensorPlanes
+
+_WORDS = {4: torch.int64, 2: torch.int32, 1: torch.int16}  # bits of a plane -> integer of the bytes of one group
 
 
-def decode(
-    data: torch.Tensor,
-    fmt: SegmentFormat,
-    dtype: torch.dtype = torch.float32,
-    out: tuple[torch.Tensor, torch.Tensor] | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """K and V of compressed pages of one layer, still in the rotated bases.
+def decode(data: torch.Tensor, fmt: SegmentFormat, *, refined: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
+    """K and V of segments of one format, still in the rotated bases.
 
-    Keys are used as they are by rotating the query, values by rotating the attention output back once. The memory
-    order of the results is [H, P, page_size, D], so `x.transpose(0, 1).flatten(1, 2)`, the keys of each head in a
-    row as `attend` wants them, is a view.
+    Keys are used as they are by rotating the query, values by rotating the attention output back once.
 
     Args:
-        data: [P, H, segment_bytes] uint8; the last dimension must be contiguous and start on a 2-byte border.
-        dtype: of the results, any float dtype.
-        out: optional scratch, contiguous [H, P, page_size, k_dim] and [H, P, page_size, v_dim] of `dtype`, written
-            and returned: saves the page faults of fresh memory.
+        data: [..., at least segment_bytes] uint8.
+        refined: False leaves the refinement planes unread, and `data` may end with the base planes.
 
     Returns:
-        k_rot [P, H, page_size, k_dim] and v_rot [P, H, page_size, v_dim].
+        k_rot [..., page_size, k_dim] and v_rot [..., page_size, v_dim] float32.
 
     Raises:
-        ValueError: data or out do not fit `fmt`.
+        ValueError: data does not fit `fmt`.
     """
-    if data.dim() != 3 or data.shape[-1] != fmt.segment_bytes or data.dtype != torch.uint8:
-        raise ValueError(
-            f"data must be uint8 [pages, heads, {fmt.segment_bytes}], got {data.dtype} {tuple(data.shape)}"
-        )
-    data = data.transpose(0, 1)
-    results = []
-    for i, (name, part) in enumerate((("k", fmt.k), ("v", fmt.v))):
-        shape = (*data.shape[:2], fmt.page_size, part.dim)
-        y = torch.empty(shape, dtype=dtype, device=data.device) if out is None else out[i]
-        if y.shape != shape or y.dtype != dtype or not y.is_contiguous():
-            raise ValueError(
-                f"out for {name} must be contiguous {dtype} {shape}, got {y.dtype} {tuple(y.shape)} "
-                f"with strides {y.stride()}"
-            )
-        # Narrower results are rounded once, from float32.
-        wide = y if dtype == torch.float32 else torch.empty(shape, dtype=torch.float32, device=data.device)
-        _decode_tensor(name, data, part, fmt.page_size, wide)
-        results.append((y if wide is y else y.copy_(wide)).transpose(0, 1))
-    return results[0], results[1]
+    nbytes = fmt.segment_bytes if refined else fmt.base_bytes
+    if data.dim() < 1 or data.shape[-1] < nbytes or data.dtype != torch.uint8:
+        raise ValueError(f"data must be uint8 [..., {nbytes} or more], got {data.dtype} {tuple(data.shape)}")
+    rows = data.reshape(-1, data.shape[-1])
+    k, v = decode_keys(rows, fmt, refined=refined), _decode_values(rows, fmt, refined)
+    return k.view(*data.shape[:-1], *k.shape[1:]), v.view(*data.shape[:-1], *v.shape[1:])
 
 
-def _decode_tensor(name: str, data: torch.Tensor, part: TensorPlanes, tokens: int, y: torch.Tensor) -> None:
-    if part.nibble:
-        half = part.nibble // 2
-        plane = _plane(data, part.nibbles, tokens, half)
-        y[..., :half] = plane & 15
-        y[..., half : part.nibble] = plane >> 4
-    if part.wide:
-        half = part.wide // 2
-        plane = _plane(data, part.low_nibbles, tokens, half)
-        y[..., : part.wide] *= 16
-        y[..., :half] += plane & 15
-        y[..., half : part.wide] += plane >> 4
-    if part.coded > part.nibble:
-        quarter = (part.coded - part.nibble) // 4
-        plane = _plane(data, part.crumbs, tokens, quarter)
-        for i in range(4):
-            begin = part.nibble + i * quarter
-            y[..., begin : begin + quarter] = plane >> 2 * i & 3
-    if name == "k":
-        _scale_channels(data, part, y)
-    else:
-        _scale_tokens(data, part, tokens, y)
+def decode_keys(
+    data: torch.Tensor, fmt: SegmentFormat, *, refined: bool = True, channels: int | None = None
+) -> torch.Tensor:
+    """Leading `channels` of K (a multiple of 16; None: all): [N, >= segment_bytes] -> [N, page_size, channels]."""
+    part = fmt.k
+    channels = part.dim if channels is None else channels
+    y = _codes(data, part, fmt.page_size, refined, channels)
+    coded = min(part.coded, channels)
+    offsets = _halves(data, part.offsets, part.dim)[:, None, :channels]
+    scales = _halves(data, part.scales, part.coded)[:, None, :coded]
+    torch.addcmul(offsets[..., :coded], y[..., :coded], scales, out=y[..., :coded])
+    y[..., coded:] = offsets[..., coded:]
+    return _with_exceptions(data, fmt, y, fmt.exception_k, part.dim)
 
 
-def _scale_channels(data: torch.Tensor, part: TensorPlanes, y: torch.Tensor) -> None:
-    offsets = _halves(data, part.offsets, part.dim)
-    scales = _halves(data, part.scales, part.coded)
-    coded = y[..., : part.coded]
-    torch.addcmul(offsets[..., : part.coded], coded, scales, out=coded)
+def decode_mean_values(data: torch.Tensor, fmt: SegmentFormat) -> torch.Tensor:
+    """Mean V: [N, >= segment_bytes] -> [N, v_dim] float32, rotated."""
+    codes = data[:, fmt.mean_v : fmt.mean_v + fmt.v_dim].view(torch.int8).float()
+    scales = _scales(data[:, fmt.mean_scales : fmt.mean_scales + -(-fmt.v_dim // V_BLOCK)])
+    return codes * scales.repeat_interleave(V_BLOCK, -1)[:, : fmt.v_dim]
+
+
+def _decode_values(data: torch.Tensor, fmt: SegmentFormat, refined: bool) -> torch.Tensor:
+    part, tokens = fmt.v, fmt.page_size
+    y = _codes(data, part, tokens, refined, part.dim)
+    if part.coded:
+        shape = (tokens, part.blocks)
+        scales = _scales(_bytes(data, part.scales, *shape))
+        units = torch.tensor([2**bits / OFFSET_STEPS for bits in part.bits[: 2 * part.blocks : 2]], device=y.device)
+        offsets = _bytes(data, part.offsets, *shape).view(torch.int8) * units
+        for i, block in enumerate(y[..., : part.coded].split(V_BLOCK, -1)):
+            block.add_(offsets[..., i, None]).mul_(scales[..., i, None])
     if part.coded < part.dim:
-        y[..., part.coded :] = offsets[..., part.coded :]
+        y[..., part.coded :] = decode_mean_values(data, fmt)[:, None, part.coded :]
+    return _with_exceptions(data, fmt, y, fmt.exception_v, part.dim)
 
 
-def _scale_tokens(data: torch.Tensor, part: TensorPlanes, tokens: int, y: torch.Tensor) -> None:
-    scales = (_plane(data, part.scales, tokens, part.blocks).short() << 7).view(torch.float16).float()
-    offsets = _plane(data, part.offsets, tokens, part.blocks).view(torch.int8).float()
-    begin = 0
-    for bits, channels in ((8, part.wide), (4, part.nibble), (2, part.coded)):
-        end = -(-channels // V_BLOCK)
-        offsets[..., begin:end] *= 2**bits / OFFSET_STEPS
-        begin = end
-    whole = part.coded // V_BLOCK
-    blocks = y[..., : whole * V_BLOCK].unflatten(-1, (whole, V_BLOCK))
-    blocks.add_(offsets[..., :whole, None]).mul_(scales[..., :whole, None])
-    if whole < part.blocks:  # half a block
-        y[..., whole * V_BLOCK : part.coded].add_(offsets[..., whole:]).mul_(scales[..., whole:])
-    y[..., part.coded :] = 0
+def _codes(data: torch.Tensor, part: TensorPlanes, tokens: int, refined: bool, channels: int) -> torch.Tensor:
+    """Codes as float32 [N, T, channels]; what lies beyond `coded` is arbitrary."""
+    codes = torch.zeros(len(data), tokens, channels, dtype=torch.uint8, device=data.device)
+    for plane in part.base:
+        _unpack(data, plane, codes, lambda old, new: new)
+    if refined:
+        for plane in part.refinement:
+            _unpack(data, plane, codes, lambda old, new, bits=plane.bits: old << bits | new)
+        return codes.float()
+    y = codes.float()
+    for plane in part.refinement:
+        cells = 1 << plane.bits
+        y[..., plane.channels].mul_(cells).add_((cells - 1) / 2)
+    return y
 
 
-def _plane(data: torch.Tensor, at: int, tokens: int, row: int) -> torch.Tensor:
-    return data[..., at : at + tokens * row].unflatten(-1, (tokens, row))
+def _unpack(data: torch.Tensor, plane: Plane, codes: torch.Tensor, combine) -> None:
+    """codes [N, T, channels] uint8 = combine(codes, those of the plane), in those of its channels that there are."""
+    groups = min(plane.groups, codes.shape[-1] // GROUP - plane.first)
+    if groups <= 0:
+        return
+    # One integer a group: a shift and a mask then unpack all of its bytes at once. A copy is aligned for that.
+    word = _WORDS[plane.bits]
+    packed = _bytes(data, plane.start, codes.shape[1], plane.groups * 2 * plane.bits)
+    packed = packed.clone(memory_format=torch.contiguous_format).view(word)
+    mask = int.from_bytes(bytes([(1 << plane.bits) - 1]) * word.itemsize, "little")
+    parts = [packed[..., :groups] >> shift & mask for shift in range(0, 8, plane.bits)]
+    new = torch.stack(parts, -1).view(torch.uint8).flatten(-2)
+    target = codes[..., plane.first * GROUP : (plane.first + groups) * GROUP]
+    target.copy_(combine(target, new))
+
+
+def _with_exceptions(data: torch.Tensor, fmt: SegmentFormat, y: torch.Tensor, at: int, dim: int) -> torch.Tensor:
+    if fmt.exceptions:
+        tokens = data[:, fmt.exception_tokens : fmt.exception_tokens + fmt.exceptions].long()
+        exact = _halves(data, at, fmt.exceptions * dim).unflatten(-1, (fmt.exceptions, dim))[..., : y.shape[-1]]
+        y.scatter_(1, tokens[..., None].expand(-1, -1, y.shape[-1]), exact)
+    return y
+
+
+def _bytes(data: torch.Tensor, at: int, *shape: int) -> torch.Tensor:
+    return data[:, at : at + torch.Size(shape).numel()].unflatten(-1, shape)
 
 
 def _halves(data: torch.Tensor, at: int, count: int) -> torch.Tensor:
-    """float16 [H, P, count] at byte `at` as float32 [H, P, 1, count]."""
-    return data[..., at : at + 2 * count].contiguous().view(torch.float16).float().unsqueeze(2)
+    return data[:, at : at + 2 * count].contiguous().view(torch.float16).float()
+
+
+def _scales(scale_bytes: torch.Tensor) -> torch.Tensor:
+    return (scale_bytes.short() << 7).view(torch.float16).float()

@@ -40,6 +40,19 @@ def rotate(x: torch.Tensor, largest: torch.Tensor, basis: torch.Tensor) -> torch
     return product.mul_(left_unit * right_unit[:, None]).float()
 
 
+def exact_mean(x: torch.Tensor, without: torch.Tensor | None = None) -> torch.Tensor:
+    """Mean over the tokens, [N, T, D] -> [N, D] float32, whatever the order of summation. NaN or infinity stay.
+
+    Args:
+        without: int64 [N, E], tokens that do not count, E < T; None: all do.
+    """
+    left_out = 0 if without is None else without.shape[1]
+    if left_out:
+        x = x.scatter(1, without[..., None].expand(-1, -1, x.shape[2]), 0)
+    integers, unit = _to_integers(x, magnitude(x), INPUT_BITS)
+    return (integers.sum(1, keepdim=True) * unit / (x.shape[1] - left_out)).float().squeeze(1)
+
+
 def _to_integers(x: torch.Tensor, largest: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
     """float64 integers of at most 2^bits in magnitude, and the power of two that one of them is worth, float64."""
     # largest < 2^exponent. Scaling and rounding are exact in float32: bits < 24.

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import torch
 
-from mosaic_kernels.segment import SegmentFormat, TensorPlanes
-from mosaic_kernels.segment_encode.exact import MAX_CHANNELS, magnitude, rotate
-from mosaic_kernels.segment_encode.quantise import INFINITE_SCALE, quantise_channels, quantise_tokens
-
-_SCRATCH_BYTES = 16 << 20  # size of one float64 temporary; a handful of them exist at a time
+from mosaic_kernels.segment import BASE_BITS, GROUP, V_BLOCK, Plane, SegmentFormat, TensorPlanes
+from mosaic_kernels.segment_encode.exact import MAX_CHANNELS, exact_mean, magnitude, rotate
+from mosaic_kernels.segment_encode.outliers import ranges_without
+from mosaic_kernels.segment_encode.quantise import (
+    INFINITE_SCALE,
+    divisor,
+    quantise_channels,
+    quantise_tokens,
+    scale_bytes,
+)
 
 
 def encode(
@@ -20,7 +25,7 @@ def encode(
     *,
     check_finite: bool = True,
 ) -> torch.Tensor:
-    """Compress whole pages of one layer.
+    """Compress whole pages of one layer, all segments in one format.
 
     The bytes of a segment depend on its own K, V and bases alone: not on how pages are batched, on the BLAS, the
     number of threads or the device (see exact.py). A little-endian machine is assumed.
@@ -34,72 +39,115 @@ def encode(
             segments decode to non-finite or saturated values.
 
     Returns:
-        [P, H, segment_bytes] uint8, padding zeroed.
+        [P, H, segment_bytes] uint8, header and padding zeroed.
 
     Raises:
         ValueError: a shape or dtype does not fit `fmt`, or a value is not finite or too large (see check_finite).
     """
     heads = _check(k, v, k_basis, v_basis, fmt)
-    pages = k.shape[0]
-    data = torch.zeros(pages, heads, fmt.segment_bytes, dtype=torch.uint8, device=k.device)
-    step = max(_SCRATCH_BYTES // (fmt.page_size * heads * max(fmt.k_dim, fmt.v_dim) * 8), 1)
-    for start in range(0, pages, step):
-        block = slice(start, start + step)
-        _encode_tensor("k", k[block], k_basis, fmt.k, check_finite, data[block].transpose(0, 1))
-        _encode_tensor("v", v[block], v_basis, fmt.v, check_finite, data[block].transpose(0, 1))
-    return data
+    rotated = []
+    for name, x, basis in (("k", k, k_basis), ("v", v, v_basis)):
+        y = rotate_pages(x, basis)
+        if check_finite and not torch.isfinite(y).all():
+            raise ValueError(f"{name} must be finite in float32, found NaN or infinity")
+        rotated.append(y.flatten(0, 1))
+    data = torch.zeros(heads * k.shape[0], fmt.segment_bytes, dtype=torch.uint8, device=k.device)
+    pack(*rotated, fmt, data)
+    if check_finite:
+        _check_range(data, fmt)
+    return data.view(heads, k.shape[0], fmt.segment_bytes).transpose(0, 1)
 
 
-def _encode_tensor(
-    name: str, x: torch.Tensor, basis: torch.Tensor, part: TensorPlanes, check_finite: bool, data: torch.Tensor
-) -> None:
-    """x [P, T, H, D]; data [H, P, segment_bytes]. All between is head-major."""
+def rotate_pages(x: torch.Tensor, basis: torch.Tensor) -> torch.Tensor:
+    """[P, T, H, D] any float -> rotated [H, P, T, D] float32, the same to the last bit everywhere."""
     x = x.permute(2, 0, 1, 3).to(torch.float32, memory_format=torch.contiguous_format)
-    largest = magnitude(x)
-    if check_finite and not torch.isfinite(largest).all():
-        raise ValueError(f"{name} must be finite in float32, found NaN or infinity")
-    y = rotate(x, largest, basis)
-    levels = torch.ones(part.dim, device=y.device)
-    for bits, begin, end in ((8, 0, part.wide), (4, part.wide, part.nibble), (2, part.nibble, part.coded)):
-        levels[begin:end] = 2**bits
-    if name == "k":
-        codes, scales, offsets = quantise_channels(y, levels)
-        finite = torch.isfinite(scales).all() & torch.isfinite(offsets).all() if check_finite else True
-        _put(data, part.scales, scales[..., : part.coded].contiguous().view(torch.uint8))
-        _put(data, part.offsets, offsets.contiguous().view(torch.uint8))
-    elif part.coded:
-        codes, scales, offsets = quantise_tokens(y[..., : part.coded], levels[: part.coded])
-        finite = (scales < INFINITE_SCALE).all() if check_finite else True
-        _put(data, part.scales, scales.flatten(2))
-        _put(data, part.offsets, offsets.view(torch.uint8).flatten(2))
-    else:
-        return
-    if not finite:
-        raise ValueError(
-            f"{name} in its basis exceeds the range of float16 scales and offsets: normalise {name}_basis so that "
-            "stored values are of moderate magnitude"
-        )
-    _pack(codes, part, data)
+    return rotate(x, magnitude(x), basis)
 
 
-def _pack(codes: torch.Tensor, part: TensorPlanes, data: torch.Tensor) -> None:
-    """Write the code planes. codes [H, P, T, D] uint8."""
-    leading = codes[..., : part.nibble].clone()
-    low = leading[..., : part.wide] & 15
-    leading[..., : part.wide] >>= 4
-    _put(data, part.nibbles, _nibbles(leading).flatten(2))
-    _put(data, part.low_nibbles, _nibbles(low).flatten(2))
-    a, b, c, d = codes[..., part.nibble : part.coded].chunk(4, -1) if part.coded > part.nibble else [codes[..., :0]] * 4
-    _put(data, part.crumbs, (a | b << 2 | c << 4 | d << 6).flatten(2))
+def pack(k_rot: torch.Tensor, v_rot: torch.Tensor, fmt: SegmentFormat, data: torch.Tensor) -> None:
+    """Quantise rotated segments into zeroed bytes; the header stays as it is.
+
+    Args:
+        k_rot: [N, page_size, k_dim] float32; v_rot: [N, page_size, v_dim] float32.
+        data: [N, at least segment_bytes] uint8, written.
+    """
+    low, high, tokens = ranges_without(k_rot, fmt.exceptions)
+    mean = exact_mean(k_rot, tokens)
+    codes, scales, offsets = quantise_channels(k_rot, _levels(fmt.k, k_rot.device), low, high, mean)
+    _put(data, fmt.k.scales, scales[:, : fmt.k.coded])
+    _put(data, fmt.k.offsets, offsets)
+    _put_planes(data, fmt.k, codes)
+    coded = fmt.v.coded
+    if coded:
+        codes, scales, offsets = quantise_tokens(v_rot[..., :coded], _levels(fmt.v, v_rot.device)[:coded])
+        _put(data, fmt.v.scales, scales)
+        _put(data, fmt.v.offsets, offsets)
+        _put_planes(data, fmt.v, codes)
+    _put_mean(data, fmt, v_rot)
+    if fmt.exceptions:
+        rows = tokens[..., None]
+        _put(data, fmt.exception_tokens, tokens.byte())
+        _put(data, fmt.exception_k, k_rot.gather(1, rows.expand(-1, -1, fmt.k_dim)).half())
+        _put(data, fmt.exception_v, v_rot.gather(1, rows.expand(-1, -1, fmt.v_dim)).half())
 
 
-def _nibbles(codes: torch.Tensor) -> torch.Tensor:
-    half = codes.shape[-1] // 2
-    return codes[..., :half] | codes[..., half:] << 4
+def _put_mean(data: torch.Tensor, fmt: SegmentFormat, v_rot: torch.Tensor) -> None:
+    codes, scales = [], []
+    for block in exact_mean(v_rot).split(V_BLOCK, -1):
+        byte, scale = scale_bytes(block.abs().amax(-1, keepdim=True) / 127)
+        codes.append((block / divisor(scale)).round().clamp(-127, 127).char())
+        scales.append(byte)
+    _put(data, fmt.mean_v, torch.cat(codes, -1))
+    _put(data, fmt.mean_scales, torch.cat(scales, -1))
+
+
+def _levels(part: TensorPlanes, device: torch.device) -> torch.Tensor:
+    return 2.0 ** torch.tensor(part.bits, device=device).repeat_interleave(GROUP)
+
+
+def _put_planes(data: torch.Tensor, part: TensorPlanes, codes: torch.Tensor) -> None:
+    """Write the code planes. codes [N, T, >= coded] uint8."""
+    refining = torch.tensor([bits - BASE_BITS[bits] for bits in part.bits], dtype=torch.uint8, device=codes.device)
+    refining = refining.repeat_interleave(GROUP)[: codes.shape[-1]]
+    for plane in part.base:
+        _put(data, plane.start, _packed(codes[..., plane.channels] >> refining[plane.channels], plane))
+    for plane in part.refinement:
+        _put(data, plane.start, _packed(codes[..., plane.channels] & (1 << plane.bits) - 1, plane))
+
+
+def _packed(codes: torch.Tensor, plane: Plane) -> torch.Tensor:
+    per_byte = 8 // plane.bits
+    parts = codes.unflatten(-1, (plane.groups, per_byte, GROUP // per_byte)).unbind(-2)
+    packed = parts[0].clone()
+    for i in range(1, per_byte):
+        packed |= parts[i] << plane.bits * i
+    return packed
 
 
 def _put(data: torch.Tensor, at: int, part: torch.Tensor) -> None:
-    data[..., at : at + part.shape[-1]] = part
+    """Bytes of `part` [N, ...] into `data` from column `at`."""
+    part = part.contiguous().view(torch.uint8).flatten(1)
+    data[:, at : at + part.shape[1]] = part
+
+
+def _check_range(data: torch.Tensor, fmt: SegmentFormat) -> None:
+    def finite(start: int, stop: int) -> torch.Tensor:
+        return data[:, start:stop].flatten().clone().view(torch.float16).isfinite().all()
+
+    scales = data[:, fmt.v.scales : fmt.v.offsets]
+    means = data[:, fmt.mean_scales : fmt.mean_scales + -(-fmt.v_dim // V_BLOCK)]
+    fits = {
+        "k": finite(fmt.k.scales, fmt.k.offsets + 2 * fmt.k_dim) & finite(fmt.exception_k, fmt.exception_v),
+        "v": (scales < INFINITE_SCALE).all()
+        & (means < INFINITE_SCALE).all()
+        & finite(fmt.exception_v, fmt.exception_v + 2 * fmt.exceptions * fmt.v_dim),
+    }
+    for name, fit in fits.items():
+        if not fit:
+            raise ValueError(
+                f"{name} in its basis exceeds the range of float16 scales and offsets: normalise {name}_basis so that "
+                "stored values are of moderate magnitude"
+            )
 
 
 def _check(k: torch.Tensor, v: torch.Tensor, k_basis: torch.Tensor, v_basis: torch.Tensor, fmt: SegmentFormat) -> int:

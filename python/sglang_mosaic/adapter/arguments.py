@@ -8,7 +8,7 @@ from typing import Any
 
 from sglang_mosaic.adapter import refusals
 from sglang_mosaic.adapter.plugin import ATTENTION_BACKEND, RADIX_CACHE_BACKEND
-from sglang_mosaic.config import ENCODE_POLICIES, MosaicConfig
+from sglang_mosaic.config import CODECS, ENCODE_POLICIES, MosaicConfig
 from sglang_mosaic.errors import ConfigError
 from sglang_mosaic.page import PAGE_SIZE
 
@@ -55,6 +55,73 @@ def add_mosaic_group(parser: argparse.ArgumentParser) -> None:
         default=default.calibration_pages,
         help="with --mosaic-encode seal: full pages of 64 tokens to see before the codec is calibrated on them. "
         "Default: %(default)s.",
+    )
+    group.add_argument(
+        "--mosaic-codec",
+        choices=CODECS,
+        default=default.codec,
+        help="how pages are compressed; all but 'planes' are baselines to compare with. Default: %(default)s.",
+    )
+    group.add_argument(
+        "--mosaic-ratio",
+        type=float,
+        default=default.ratio,
+        help="how many times smaller than bf16 a compressed page is, everything counted. Default: %(default)s.",
+    )
+    group.add_argument(
+        "--mosaic-max-error",
+        type=float,
+        default=default.max_error,
+        metavar="SHARE",
+        help="keep pages uncompressed, as long as others can go, whose compression is expected to change the attention "
+        "output by more than this share. Default: no limit.",
+    )
+    group.add_argument(
+        "--mosaic-calibration",
+        default=default.calibration,
+        metavar="FILE",
+        help="written by 'sglang-mosaic calibrate'. Default: calibrate on the first pages to be compressed.",
+    )
+    group.add_argument(
+        "--mosaic-save-calibration",
+        default=default.save_calibration,
+        metavar="FILE",
+        help="write every calibration of this server to this file.",
+    )
+    group.add_argument(
+        "--mosaic-refresh-pages",
+        type=int,
+        default=default.refresh_pages,
+        help="compressed pages of 64 tokens after which the codec is calibrated anew, then after twice as many, and so "
+        "on; older pages keep the calibration that they have. 0: never. Default: %(default)s.",
+    )
+    group.add_argument(
+        "--mosaic-select",
+        type=float,
+        default=default.select,
+        metavar="SHARE",
+        help="most of a context's compressed tokens that a decode step reads, as a share; the others count through a "
+        "scan of their keys and the mean of their values. 0: read all. Default: %(default)s.",
+    )
+    group.add_argument(
+        "--mosaic-select-top-p",
+        type=float,
+        default=default.select_top_p,
+        metavar="SHARE",
+        help="select no further once this share of the attention is covered. Default: %(default)s.",
+    )
+    group.add_argument(
+        "--mosaic-select-from",
+        type=int,
+        default=default.select_from,
+        metavar="TOKENS",
+        help="compressed tokens of a context below which all are read. Default: %(default)s.",
+    )
+    group.add_argument(
+        "--mosaic-select-steps",
+        type=int,
+        default=default.select_steps,
+        help="decode steps that share one selection. Default: %(default)s.",
     )
     group.add_argument(
         "--mosaic-audit",

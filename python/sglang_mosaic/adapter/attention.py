@@ -14,6 +14,7 @@ from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBack
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 
 from sglang_mosaic.cache.mixed_attention import MixedAttention, Sequence
+from sglang_mosaic.cache.selection import Selections
 from sglang_mosaic.page import PAGE_SIZE, pages_for
 
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ class MosaicAttentionBackend(TorchNativeAttnBackend):
         self.memory = runner.token_to_kv_pool.memory
         self.start_layer = runner.token_to_kv_pool.start_layer
         self._plan: _Plan | None = None
+        self._selections = Selections(self.memory.config) if self.memory.config.select else None
 
     def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
         super().init_forward_metadata(forward_batch)
@@ -65,13 +67,16 @@ class MosaicAttentionBackend(TorchNativeAttnBackend):
         slots = self.req_to_token_pool.req_to_token[batch.req_pool_indices, : max(lengths)]
         frames = table.frames[slots[:, ::PAGE_SIZE].to(torch.int64) // PAGE_SIZE].cpu()
 
+        decoding = self._selections is not None and batch.forward_mode.is_decode()
+        keys = batch.req_pool_indices.tolist() if decoding else [None] * len(lengths)
         mixed = []
         is_dense = []
         for i, tokens in enumerate(lengths):
             own = frames[i, : pages_for(tokens)]
             is_dense.append(not bool((own >= table.first_mosaic).any()))
             if not is_dense[-1]:
-                mixed.append(Sequence(own, tokens, first_query[i], first_query[i + 1] - first_query[i]))
+                queries = first_query[i + 1] - first_query[i]
+                mixed.append(Sequence(own, tokens, first_query[i], queries, keys[i]))
         return _Plan(
             write_loc=KVWriteLoc(batch.out_cache_loc, full_loc=table.dense_slots(batch.out_cache_loc)),
             rows=table.dense_slots(slots),
@@ -80,7 +85,7 @@ class MosaicAttentionBackend(TorchNativeAttnBackend):
             extend_lens=extend_lens,
             dense=_runs(is_dense),
             first_query=first_query,
-            mixed=MixedAttention(self.memory, mixed) if mixed else None,
+            mixed=MixedAttention(self.memory, mixed, self._selections) if mixed else None,
         )
 
     def forward_extend(
@@ -129,10 +134,9 @@ class MosaicAttentionBackend(TorchNativeAttnBackend):
         return operands, {"scaling": layer.scaling, "enable_gqa": layer.tp_q_head_num != layer.tp_k_head_num}
 
     def _observe(self, q: torch.Tensor, layer: RadixAttention) -> None:
-        codec = self.memory.codec
-        if self.memory.config.compresses and not codec.calibrated:
+        if self.memory.config.compresses:
             queries = q.reshape(-1, layer.tp_q_head_num, layer.qk_head_dim)
-            codec.observe_queries(layer.layer_id - self.start_layer, queries)
+            self.memory.codec.observe_queries(layer.layer_id - self.start_layer, queries)
 
 
 def _runs(flags: list[bool]) -> list[range]:

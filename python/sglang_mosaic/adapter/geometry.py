@@ -7,7 +7,9 @@ from typing import Any
 
 import torch
 
-from sglang_mosaic.codec.planes import PlanesCodec
+from sglang_mosaic.codec.base import Codec
+from sglang_mosaic.codec.factory import make_codec
+from sglang_mosaic.config import MosaicConfig
 from sglang_mosaic.page import PAGE_SIZE
 
 
@@ -66,6 +68,7 @@ class Geometry:
         """Bytes of one dense frame over all layers."""
         return self.layers * PAGE_SIZE * self.kv_heads * (self.k_dim + self.v_dim) * self.dtype.itemsize
 
-    def codec(self) -> PlanesCodec:
+    def codec(self, config: MosaicConfig) -> Codec:
         """A codec for this geometry, not yet calibrated."""
-        return PlanesCodec(self.layers, self.kv_heads, self.k_dim, self.v_dim, device=self.device)
+        shape = self.layers, self.kv_heads, self.k_dim, self.v_dim
+        return make_codec(config.codec, *shape, ratio=config.ratio, page_size=PAGE_SIZE, device=self.device)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, unwrap_write_loc
 
+from sglang_mosaic.adapter.calibration import load_calibration, save_calibration
 from sglang_mosaic.adapter.geometry import Geometry
 from sglang_mosaic.cache.memory import PageMemory
 from sglang_mosaic.config import MosaicConfig
@@ -41,7 +44,16 @@ class MosaicKVPool(MHATokenToKVPool):
             end_layer=geometry.end_layer,
             enable_alt_stream=False,
         )
-        self.memory = PageMemory(plan, config, geometry.codec(), self.k_buffer, self.v_buffer)
+        codec = geometry.codec(config)
+        self.memory = PageMemory(
+            plan,
+            config,
+            codec,
+            self.k_buffer,
+            self.v_buffer,
+            epoch=load_calibration(config, codec, geometry),
+            on_epoch=functools.partial(save_calibration, config),
+        )
         self._finalize_allocation_log(plan.logical_tokens)
 
     def _kv_buffer_shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -75,11 +75,14 @@ def expected_plan(server_args: Any, kv_bytes: int) -> MemoryPlan:
 def _plan(config: MosaicConfig, server_args: Any, geometry: Geometry, kv_bytes: int) -> MemoryPlan:
     if geometry.dtype not in (torch.bfloat16, torch.float16, torch.float32):
         raise ConfigError(f"the checkpoint asks for a {geometry.dtype} KV cache: use --kv-cache-dtype bfloat16.")
-    codec = geometry.codec()
+    try:
+        codec = geometry.codec(config)
+    except ValueError as error:
+        raise ConfigError(f"--mosaic-codec {config.codec} cannot hold this model's cache: {error}") from error
     return plan_memory(
         kv_bytes=kv_bytes,
-        frame_bytes=FrameBytes(geometry.dense_frame_bytes, codec.frame_bytes * geometry.layers),
-        table_bytes=codec.table_bytes,
+        frame_bytes=FrameBytes(geometry.dense_frame_bytes, codec.frame_bytes),
+        table_bytes=codec.table_bytes * config.live_epochs,
         chunk_tokens=largest_prefill(server_args, geometry.context_length),
         window_pages=config.window_pages,
         dense_fraction=config.dense_fraction,

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Collection, Iterable, Sequence
 
-from sglang_mosaic.cache.victims import choose_victims
+from sglang_mosaic.cache.victims import Victims, choose_victims
 from sglang_mosaic.errors import CapacityError, InvariantError
 from sglang_mosaic.layout import MemoryPlan
 from sglang_mosaic.page import UNMAPPED, PageState
@@ -47,6 +47,7 @@ class Counters:
     encoded: int = 0
     encoded_sinks: int = 0
     encoded_recent: int = 0
+    encoded_costly: int = 0
     cancelled: int = 0
 
     @property
@@ -81,6 +82,9 @@ class PageLifecycle:
         self.mosaic.reset()
         self.sealed: dict[int, None] = {}  # insertion order: oldest seal first
         self.sinks: set[int] = set()
+        self.costly: set[int] = set()
+        """Sealed pages that exceed the error limit; whoever judges pages adds them."""
+        self._unjudged: dict[int, None] = {}
         self._newly_sealed = False
         self._encodings: dict[int, Encoding] = {}
         self._table: dict[int, int] = {page: UNMAPPED for page in range(1, size)}
@@ -114,8 +118,13 @@ class PageLifecycle:
         for page in pages:
             if self.state[page] is PageState.OPEN:
                 self.state[page] = PageState.SEALED
-                self.sealed[page] = None
+                self.sealed[page] = self._unjudged[page] = None
                 self._newly_sealed = True
+
+    def take_unjudged(self) -> list[int]:
+        """Sealed pages that were not handed out by this method before."""
+        pages, self._unjudged = list(self._unjudged), {}
+        return pages
 
     def free(self, pages: Iterable[int]) -> None:
         """Any state -> FREE; the frame may be reused, a pending encoding is dropped.
@@ -133,7 +142,9 @@ class PageLifecycle:
             frames = self.dense if state in (PageState.OPEN, PageState.SEALED) else self.mosaic
             frames.give_back(self.frame[page])
             self.sealed.pop(page, None)
+            self._unjudged.pop(page, None)
             self.sinks.discard(page)
+            self.costly.discard(page)
             self.state[page] = PageState.FREE
             self.frame[page] = self._table[page] = UNMAPPED
             self.counters.freed += 1
@@ -146,7 +157,7 @@ class PageLifecycle:
         """
         if self._newly_sealed and self.mosaic.free:
             self._newly_sealed = False
-            self._reserve(choose_victims(self.sealed, self.sinks, self.recent_pages(), self.mosaic.free).cold)
+            self._reserve(self._victims(self.mosaic.free).cold)
 
     def take_updates(self) -> Updates:
         """Hand over what has been decided, and regard it as published: ENCODING -> MOSAIC."""
@@ -165,8 +176,8 @@ class PageLifecycle:
     def _make_room(self, needed: int) -> None:
         missing = needed - self.dense.free
         want = min(max(missing, ENCODE_BATCH), self.mosaic.free)
-        victims = choose_victims(self.sealed, self.sinks, self.recent_pages(), want)
-        chosen = [*victims.cold, *victims.recent, *victims.sinks]
+        victims = self._victims(want)
+        chosen = [*victims.cold, *victims.recent, *victims.costly, *victims.sinks]
         if len(chosen) < missing:
             raise CapacityError(
                 f"{needed} new pages need {missing} more dense frames, and only {len(chosen)} pages can be encoded "
@@ -175,14 +186,20 @@ class PageLifecycle:
             )
         # Going beyond what is missing is for cold pages only: the others lose quality for nothing.
         chosen = chosen[: max(missing, len(victims.cold))]
-        self.counters.encoded_recent += len(victims.recent[: max(len(chosen) - len(victims.cold), 0)])
-        self.counters.encoded_sinks += max(len(chosen) - len(victims.cold) - len(victims.recent), 0)
+        last = set(chosen)
+        self.counters.encoded_recent += len(last.intersection(victims.recent))
+        self.counters.encoded_costly += len(last.intersection(victims.costly))
+        self.counters.encoded_sinks += len(last.intersection(victims.sinks))
         self._reserve(chosen)
+
+    def _victims(self, limit: int) -> Victims:
+        return choose_victims(self.sealed, self.sinks, self.costly, self.recent_pages(), limit)
 
     def _reserve(self, pages: Iterable[int]) -> None:
         for page in pages:
             encoding = Encoding(page, self.frame[page], self.mosaic.take())
             del self.sealed[page]
+            self._unjudged.pop(page, None)
             self.state[page] = PageState.ENCODING
             self._encodings[page] = encoding
             self.frame[page] = self._table[page] = encoding.mosaic_frame

@@ -7,14 +7,15 @@ from collections.abc import Callable, Collection, Iterable
 import torch
 
 from sglang_mosaic.cache.audit import audit_frames, audit_free_list, audit_tree
+from sglang_mosaic.cache.epochs import EpochTable
 from sglang_mosaic.cache.lifecycle import Encoding, PageLifecycle
-from sglang_mosaic.codec.base import SegmentCodec
+from sglang_mosaic.codec.base import Codec, Epoch, LayerSample
 from sglang_mosaic.config import MosaicConfig
 from sglang_mosaic.errors import InvariantError
 from sglang_mosaic.layout import MemoryPlan
 from sglang_mosaic.page import PAGE_SIZE
 from sglang_mosaic.pool.page_table import PageTable
-from sglang_mosaic.pool.slabs import MosaicSlabs
+from sglang_mosaic.pool.slabs import MosaicSlab
 
 CALIBRATION_SAMPLE_PAGES = 64
 """Most dense pages (64 tokens each) whose keys and values calibrate the codec."""
@@ -26,17 +27,22 @@ class PageMemory:
     Args:
         plan: frames of each kind.
         config: encode policy.
-        codec: compresses segments; calibrated here, from the first pages that exist.
+        codec: compresses pages; calibrated here, on pages that exist when it is needed.
         dense_k, dense_v: per layer ``[(dense_frames + 1) * 64, kv_heads, dim]``; written by the model's forwards.
+        epoch: a calibration to begin with; None: make one when the first page is encoded.
+        on_epoch: told about every calibration that is made here.
     """
 
     def __init__(
         self,
         plan: MemoryPlan,
         config: MosaicConfig,
-        codec: SegmentCodec,
+        codec: Codec,
         dense_k: list[torch.Tensor],
         dense_v: list[torch.Tensor],
+        *,
+        epoch: Epoch | None = None,
+        on_epoch: Callable[[Epoch], None] = lambda epoch: None,
     ) -> None:
         device = dense_k[0].device
         self.plan = plan
@@ -45,7 +51,13 @@ class PageMemory:
         self.dense_k = dense_k
         self.dense_v = dense_v
         self.table = PageTable(plan.logical_pages, plan.dense_frames, device)
-        self.slabs = MosaicSlabs(len(dense_k), plan.mosaic_frames, codec.frame_bytes, device)
+        self.slab = MosaicSlab(plan.mosaic_frames, codec.frame_bytes, device)
+        self.epochs = EpochTable(self.table.first_mosaic, plan.mosaic_frames, config.refresh_pages, config.live_epochs)
+        if epoch is not None:
+            self.epochs.start(epoch)
+        self._on_epoch = on_epoch
+        # Mean squared error that pages were encoded with, summed over pages and heads.
+        self._squared_errors = torch.zeros(len(dense_k), dtype=torch.float64, device=device)
         self.lifecycle = PageLifecycle(plan)
         self.audits = 0
         self._audited: int | None = None
@@ -75,10 +87,14 @@ class PageMemory:
 
     def begin_forward(self) -> None:
         """Apply what was decided since the last forward. Call first thing in the forward's stream."""
-        if self.config.encode == "seal":
+        if self.config.encode == "seal" or self.config.max_error is not None:
             self._seal_written()
-            if self.codec.calibrated or len(self.lifecycle.sealed) >= self.config.calibration_pages:
-                self.lifecycle.encode_cold()
+            if self.epochs.current is None and len(self.lifecycle.sealed) >= self.config.calibration_pages:
+                self._calibrate()
+        if self.config.max_error is not None and self.epochs.current is not None:
+            self._judge(self.lifecycle.take_unjudged(), self.config.max_error)
+        if self.config.encode == "seal" and self.epochs.current is not None:
+            self.lifecycle.encode_cold()
         updates = self.lifecycle.take_updates()
         self._encode(updates.encodings)
         self.table.update(updates.table)
@@ -95,17 +111,21 @@ class PageMemory:
             v.view(-1, PAGE_SIZE, *v.shape[1:])[frames],
         )
 
-    def mosaic_segments(self, layer: int, frames: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """K and V of mosaic frames, in the codec's rotated bases (see SegmentCodec.decode)."""
-        data = self.slabs.layers[layer][frames - self.table.first_mosaic]
-        return self.codec.decode(layer, data.view(len(frames), self.dense_k[layer].shape[1], -1))
+    def mosaic_data(self, layer: int, frames: torch.Tensor, number: int) -> torch.Tensor:
+        """Bytes of one layer ``[frames, bytes]`` of mosaic frames of one epoch, for the epoch's decoders."""
+        rows = frames - self.table.first_mosaic
+        return self.slab.frames[:, self.epochs[number].span(layer)][rows]
 
     # Sight.
 
     @property
+    def _codec_bytes(self) -> int:
+        return self.codec.state_bytes + sum(epoch.nbytes for epoch in self.epochs.live)
+
+    @property
     def mosaic_bytes(self) -> int:
-        """Bytes of the mosaic slabs and of the codec's tables."""
-        return self.slabs.nbytes + self.codec.state_bytes
+        """Bytes of the mosaic slab and of the codec's tables."""
+        return self.slab.nbytes + self._codec_bytes
 
     def audit(self, free_pages: Iterable[int], tree_pages: Iterable[int]) -> None:
         """Check every invariant while nothing is running.
@@ -143,13 +163,18 @@ class PageMemory:
             "frame_bytes_dense": self.plan.frame_bytes.dense,
             "frame_bytes_mosaic": self.plan.frame_bytes.mosaic,
             "kv_bytes": self.plan.total_bytes,
-            "table_bytes": self.table.frames.nbytes + self.codec.state_bytes,
-            "codec": self.codec.revision if self.codec.calibrated else None,
+            "table_bytes": self.table.frames.nbytes + self._codec_bytes,
+            "codec": self.config.codec,
+            "ratio": self.plan.frame_bytes.dense / self.plan.frame_bytes.mosaic,
+            "epoch": None if self.epochs.current is None else self.epochs.current.hash,
+            "epochs_started": self.epochs.started,
+            "error_by_layer": (self._squared_errors / max(pages.counters.encoded, 1)).sqrt().tolist(),
             "pages_allocated": pages.counters.allocated,
             "pages_freed": pages.counters.freed,
             "pages_encoded": pages.counters.encoded,
             "pages_encoded_sinks": pages.counters.encoded_sinks,
             "pages_encoded_recent": pages.counters.encoded_recent,
+            "pages_encoded_over_error": pages.counters.encoded_costly,
             "encodings_cancelled": pages.counters.cancelled,
             "audits": self.audits,
         }
@@ -166,26 +191,53 @@ class PageMemory:
     def _encode(self, encodings: list[Encoding]) -> None:
         if not encodings:
             return
-        if not self.codec.calibrated:
-            self._calibrate([e.dense_frame for e in encodings])
+        dense = [e.dense_frame for e in encodings]
+        in_use = (frame for frame in self.lifecycle.frame if frame >= self.table.first_mosaic)
+        # What is encoded now has no number yet and cannot hold on to an old epoch.
+        target = {e.mosaic_frame for e in encodings}
+        if self.epochs.due(frame for frame in in_use if frame not in target):
+            self._calibrate(dense)
         device = self.table.frames.device
-        source = torch.tensor([e.dense_frame for e in encodings], device=device)
-        target = torch.tensor([e.mosaic_frame for e in encodings], device=device) - self.table.first_mosaic
-        for layer, slab in enumerate(self.slabs.layers):
-            data = self.codec.encode(layer, *self.dense_rows(layer, source))
-            slab[target] = data.flatten(1)
-
-    def _calibrate(self, frames: list[int]) -> None:
-        pages = self.lifecycle
-        frames = [*frames, *(pages.frame[page] for page in pages.sealed)]
-        stride = -(-len(frames) // CALIBRATION_SAMPLE_PAGES)
-        sample = torch.tensor(frames[::stride], device=self.table.frames.device)
+        epoch = self.epochs.current
+        source = torch.tensor(dense, device=device)
+        rows = torch.tensor([e.mosaic_frame for e in encodings], device=device) - self.table.first_mosaic
         for layer in range(len(self.dense_k)):
-            k, v = self.dense_rows(layer, sample)
-            self.codec.calibrate(layer, k.flatten(0, 1), v.flatten(0, 1))
+            data, errors = epoch.encode(layer, *self.dense_rows(layer, source))
+            self.slab.frames[:, epoch.span(layer)].index_copy_(0, rows, data)
+            self._squared_errors[layer] += errors.double().square().mean(1).sum()
+        self.epochs.written(e.mosaic_frame for e in encodings)
+
+    def _judge(self, pages: list[int], limit: float) -> None:
+        """Mark pages that would exceed the error limit: they go last."""
+        if not pages:
+            return
+        frames = torch.tensor([self.lifecycle.frame[page] for page in pages], device=self.table.frames.device)
+        squared = torch.zeros(len(pages), dtype=torch.float64, device=frames.device)
+        for layer in range(len(self.dense_k)):
+            _, errors = self.epochs.current.encode(layer, *self.dense_rows(layer, frames))
+            squared += errors.double().square().mean(1) / len(self.dense_k)
+        over = (squared.sqrt() > limit).tolist()
+        self.lifecycle.costly.update(page for page, exceeds in zip(pages, over, strict=True) if exceeds)
+
+    def _calibrate(self, frames: Iterable[int] = ()) -> None:
+        """Start an epoch from sealed pages, starts of sequences first, and from pages about to be encoded."""
+        pages = self.lifecycle
+        sinks = [pages.frame[page] for page in pages.sealed if page in pages.sinks]
+        others = [*frames, *(pages.frame[page] for page in pages.sealed if page not in pages.sinks)]
+        sinks = _spread(sinks, CALIBRATION_SAMPLE_PAGES // 4)
+        others = _spread(others, CALIBRATION_SAMPLE_PAGES - len(sinks))
+        sample = torch.tensor([*sinks, *others], device=self.table.frames.device)
+        samples = [LayerSample(*self.dense_rows(layer, sample), len(sinks)) for layer in range(len(self.dense_k))]
+        self.epochs.start(self.codec.calibrate(samples))
+        self._on_epoch(self.epochs.current)
 
     def _audit_table(self) -> None:
         pending = self.lifecycle.pending_pages
         for page, (found, expected) in enumerate(zip(self.table.frames.tolist(), self.lifecycle.frame, strict=True)):
             if page and page not in pending and found != expected:
                 raise InvariantError(f"the page table has page {page} at frame {found} instead of {expected}")
+
+
+def _spread(frames: list[int], most: int) -> list[int]:
+    """At most so many of them, evenly."""
+    return frames[:: -(-len(frames) // most)] if frames else []

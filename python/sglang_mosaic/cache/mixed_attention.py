@@ -1,8 +1,9 @@
 """Attention of requests whose context is partly dense, partly mosaic, in plain torch.
 
 Mosaic pages are decoded block by block into scratch, once per block for all requests of the batch that share them, and
-attended in the codec's rotated bases; dense tokens are attended exactly; log-sum-exp joins the parts (the reference
-for the kernels to come).
+attended in the rotated bases of their epoch; dense tokens are attended exactly; log-sum-exp joins the parts (the
+reference for the kernels to come). Requests with long compressed contexts may select the tokens that they read
+(selection.py).
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import torch
 from mosaic_kernels.attend.reference import attend
 from mosaic_kernels.merge_lse.reference import merge
 from sglang_mosaic.cache.memory import PageMemory
+from sglang_mosaic.cache.selection import Selections
 from sglang_mosaic.page import PAGE_SIZE
 
 BLOCK_PAGES = 256
@@ -28,16 +30,19 @@ class Sequence:
         frames: int64 ``[pages]`` on the host, frame of each of its pages in order.
         tokens: context length including the new tokens.
         first_query, queries: its rows in the batch's query tensor; the last ``queries`` tokens of the context.
+        key: of a decoding request, the same in all of its steps and of no other that runs beside it; None: it does not
+            decode.
     """
 
     frames: torch.Tensor
     tokens: int
     first_query: int
     queries: int
+    key: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
-class _Part:
+class Part:
     """Dense tokens of one sequence, and its rows among the batch's queries."""
 
     rows: slice
@@ -46,9 +51,11 @@ class _Part:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Block:
-    """Mosaic frames decoded together; ``readers`` are (sequence, its pages among them or None for all of them)."""
+class Block:
+    """Mosaic frames of one epoch, decoded together; ``readers`` are (sequence, its pages among them or None for all of
+    them)."""
 
+    epoch: int
     frames: torch.Tensor
     readers: list[tuple[int, torch.Tensor | None]]
 
@@ -59,32 +66,28 @@ class MixedAttention:
     Args:
         memory: the pool.
         sequences: requests with at least one mosaic page each.
+        selections: how requests choose the tokens that they read; None: they read all.
     """
 
-    def __init__(self, memory: PageMemory, sequences: list[Sequence]) -> None:
+    def __init__(self, memory: PageMemory, sequences: list[Sequence], selections: Selections | None = None) -> None:
         self.memory = memory
         device = memory.table.frames.device
         first_mosaic = memory.table.first_mosaic
         is_mosaic = [s.frames >= first_mosaic for s in sequences]
-        chosen = torch.cat([s.frames[m] for s, m in zip(sequences, is_mosaic, strict=True)])
-        unique, index = torch.unique(chosen, return_inverse=True)
-        indexes = index.split([int(m.sum()) for m in is_mosaic])
-        self._blocks = [
-            _Block(unique[start : start + BLOCK_PAGES].to(device), _readers(indexes, start, len(unique), device))
-            for start in range(0, len(unique), BLOCK_PAGES)
-        ]
+        self._blocks = _blocks(memory, [s.frames[m] for s, m in zip(sequences, is_mosaic, strict=True)])
         self._parts = []
         for sequence, mosaic in zip(sequences, is_mosaic, strict=True):
             slots = (sequence.frames[:, None] * PAGE_SIZE + torch.arange(PAGE_SIZE)).flatten()[: sequence.tokens]
             dense = slots[~mosaic.repeat_interleave(PAGE_SIZE)[: sequence.tokens]]
             self._parts.append(
-                _Part(
+                Part(
                     rows=slice(sequence.first_query, sequence.first_query + sequence.queries),
                     dense_slots=dense.to(device),
                     # Mosaic pages lie before every query, so masking the dense tokens alone is causal.
                     causal_offset=len(dense) - sequence.queries,
                 )
             )
+        self._selecting = None if selections is None else selections.plan(memory, sequences, self._blocks)
 
     def run(self, layer: int, q: torch.Tensor, out: torch.Tensor, scale: float) -> None:
         """Attend with the planned rows of ``q``, K and V of their new tokens already written.
@@ -95,30 +98,68 @@ class MixedAttention:
             out: ``[tokens, query_heads, v_dim]``; the planned rows are written.
             scale: factor of the logits.
         """
-        codec = self.memory.codec
-        rotated = [codec.rotate_queries(layer, q[part.rows]) for part in self._parts]
-        mosaic: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-        for block in self._blocks:
-            k, v = self.memory.mosaic_segments(layer, block.frames)  # [pages, heads, 64, dim]
+        memory = self.memory
+        results = [self._dense(layer, q[part.rows], part, scale) for part in self._parts]
+        rotated = {
+            (i, block.epoch): memory.epochs[block.epoch].rotate_queries(layer, q[self._parts[i].rows])
+            for block in self._blocks
+            for i, _ in block.readers
+        }
+        if self._selecting is not None:
+            self._selecting.choose(layer, rotated, [lse for _, lse in results], scale)
+        mosaic: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}
+        for b, block in enumerate(self._blocks):
+            data = memory.mosaic_data(layer, block.frames, block.epoch)
+            k, v = memory.epochs[block.epoch].decode(layer, data)  # [pages, heads, 64, dim]
             for i, pages in block.readers:
-                piece = attend(rotated[i], *_head_major(k, v, pages), scale)
-                mosaic[i] = merge(*mosaic[i], *piece) if i in mosaic else piece
-        for i, part in enumerate(self._parts):
-            rotated_out, lse = mosaic[i]
-            piece = codec.unrotate_output(layer, rotated_out), lse
-            out[part.rows] = merge(*self._dense(layer, q[part.rows], part, scale), *piece)[0].to(out.dtype)
+                key = i, block.epoch
+                k_rows, v_rows = head_major(k, pages), head_major(v, pages)
+                if self._selecting is not None and self._selecting.selects(i):
+                    piece = self._selecting.attend(b, i, rotated[key], k_rows, v_rows, scale)
+                else:
+                    piece = attend(rotated[key], k_rows, v_rows, scale)
+                mosaic[key] = merge(*mosaic[key], *piece) if key in mosaic else piece
+        if self._selecting is not None:
+            self._add_far(layer, mosaic)
+        for (i, number), (rotated_out, lse) in mosaic.items():
+            piece = memory.epochs[number].unrotate_output(layer, rotated_out), lse
+            results[i] = merge(*results[i], *piece)
+        for part, (result, _) in zip(self._parts, results, strict=True):
+            out[part.rows] = result.to(out.dtype)
 
-    def _dense(self, layer: int, q: torch.Tensor, part: _Part, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+    def _add_far(self, layer: int, mosaic: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]]) -> None:
+        for i in self._selecting.readers:
+            for number, piece in self._selecting.far(layer, i).items():
+                mosaic[i, number] = merge(*mosaic[i, number], *piece)
+
+    def _dense(self, layer: int, q: torch.Tensor, part: Part, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
         k = self.memory.dense_k[layer][part.dense_slots].transpose(0, 1)
         v = self.memory.dense_v[layer][part.dense_slots].transpose(0, 1)
         return attend(q, k, v, scale, causal_offset=part.causal_offset)
 
 
+def _blocks(memory: PageMemory, chosen: list[torch.Tensor]) -> list[Block]:
+    """Blocks of the mosaic frames ``chosen[i]`` of each sequence i, every frame once, one epoch to a block."""
+    unique, index = torch.unique(torch.cat(chosen), return_inverse=True)
+    device = memory.table.frames.device
+    numbers = torch.tensor([memory.epochs.number(frame) for frame in unique.tolist()])
+    # Frames in order of their epochs, so that a block is a range.
+    order = torch.argsort(numbers, stable=True)
+    unique, numbers = unique[order], numbers[order]
+    indexes = torch.argsort(order)[index].split([len(frames) for frames in chosen])
+    blocks = []
+    for number in numbers.unique().tolist():
+        first, last = (numbers == number).nonzero().aminmax()
+        for start in range(int(first), int(last) + 1, BLOCK_PAGES):
+            stop = min(start + BLOCK_PAGES, int(last) + 1)
+            blocks.append(Block(number, unique[start:stop].to(device), _readers(indexes, start, stop, device)))
+    return blocks
+
+
 def _readers(
-    indexes: tuple[torch.Tensor, ...], start: int, unique: int, device: torch.device
+    indexes: tuple[torch.Tensor, ...], start: int, stop: int, device: torch.device
 ) -> list[tuple[int, torch.Tensor | None]]:
-    """Which sequences read the block of unique mosaic pages that begins at ``start``, and which of its pages."""
-    stop = min(start + BLOCK_PAGES, unique)
+    """Which sequences read the unique mosaic pages from ``start`` to ``stop``, and which of them."""
     readers: list[tuple[int, torch.Tensor | None]] = []
     for i, index in enumerate(indexes):
         inside = index[(index >= start) & (index < stop)] - start
@@ -129,8 +170,8 @@ def _readers(
     return readers
 
 
-def _head_major(k: torch.Tensor, v: torch.Tensor, pages: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+def head_major(x: torch.Tensor, pages: torch.Tensor | None) -> torch.Tensor:
     """``[pages, heads, 64, dim]`` -> ``[heads, tokens, dim]`` of the chosen pages, in any order: softmax has none."""
     if pages is not None:
-        k, v = k[pages], v[pages]
-    return k.transpose(0, 1).flatten(1, 2), v.transpose(0, 1).flatten(1, 2)
+        x = x[pages]
+    return x.transpose(0, 1).flatten(1, 2)

@@ -1,109 +1,128 @@
-"""What every codec of KV segments offers to the pool and to attention."""
+"""What every codec of KV pages offers to the pool and to attention.
+
+A frame holds one page of tokens, all layers and KV heads of this rank. A `Codec` gathers statistics while serving and
+turns them into an `Epoch`; an epoch encodes and decodes and never changes, so a page is read with the epoch that it was
+written with. Layers are indices 0..L-1 of one pool; P counts pages, H the KV heads and Hq the query heads of this rank.
+"""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import NamedTuple
 
 import torch
 
 
-class SegmentCodec(ABC):
-    """Compresses sealed pages, layer by layer, into frames of a fixed size.
+class LayerSample(NamedTuple):
+    """Real tokens of one layer, for calibration."""
 
-    Life: `observe_queries` while the server warms up, `calibrate` once per layer, then `encode` and `decode`. Layers
-    are indices 0..L-1 of one pool; P counts pages, H the KV heads and Hq the query heads of this rank. Stored keys and
-    values live in rotated bases: rotate the queries, attend over what `decode` returns, rotate the output back:
+    keys: torch.Tensor
+    """[pages, page_size, H, Dk] any float, post-RoPE."""
+    values: torch.Tensor
+    """[pages, page_size, H, Dv] any float."""
+    sinks: int = 0
+    """The first pages hold the starts of sequences, which are encoded last: their errors do not count."""
 
-        k_rot, v_rot = codec.decode(layer, data)
-        out, lse = attend(codec.rotate_queries(layer, q), heads_first(k_rot), heads_first(v_rot), scale)
-        out = codec.unrotate_output(layer, out)
 
-    Logits, and with them lse, are those of the unrotated keys up to quantisation. `unrotate_output` is linear:
-    rotated outputs over disjoint keys may be merged before it, rotated with unrotated ones only after it.
+class Epoch(ABC):
+    """One calibration of a codec. Immutable.
+
+    Stored keys and values live in rotated bases: rotate the queries, attend over what `decode` returns, rotate the
+    output back. Logits, and with them lse, are those of the unrotated keys up to quantisation. `unrotate_output` is
+    linear: rotated outputs over disjoint keys of one epoch may be merged before it, with others only after it.
 
     No method keeps or changes a tensor that it was given. Methods taking a layer raise IndexError for an unknown one.
     """
 
     @property
     @abstractmethod
+    def hash(self) -> str:
+        """Of everything that gives bytes their meaning: formats and bases. Equal for equal epochs, on every machine."""
+
+    @property
+    @abstractmethod
+    def nbytes(self) -> int:
+        """Bytes of device memory that the epoch's tables take."""
+
+    @abstractmethod
+    def span(self, layer: int) -> slice:
+        """The bytes of a frame that belong to a layer."""
+
+    @abstractmethod
+    def encode(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Bytes of whole pages of one layer.
+
+        The bytes of a page depend on its own K and V and on the epoch, on nothing else. A token whose K or V is not
+        finite decodes to non-finite values, never to plausible ones, and does not disturb other pages or heads.
+
+        Args:
+            k: [P, page_size, H, Dk]; v: [P, page_size, H, Dv], any float.
+
+        Returns:
+            uint8 [P, bytes of the layer], and float32 [P, H]: the relative error of the attention output,
+            ||o - o_ref|| / ||o_ref||, to be expected if all pages had this page's error.
+
+        Raises:
+            ValueError: a shape does not fit.
+        """
+
+    @abstractmethod
+    def decode(self, layer: int, data: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """uint8 [P, bytes of the layer] -> float32 k_rot [P, H, page_size, Dk] and v_rot [P, H, page_size, Dv].
+
+        Memory order is [H, P, page_size, D]: `x.transpose(0, 1).flatten(1, 2)` is a view [H, P * page_size, D].
+        """
+
+    @abstractmethod
+    def rotate_queries(self, layer: int, q: torch.Tensor) -> torch.Tensor:
+        """Queries for rotated keys: [T, Hq, Dk] any float -> float32, the same shape."""
+
+    @abstractmethod
+    def unrotate_output(self, layer: int, out: torch.Tensor) -> torch.Tensor:
+        """Attention output over rotated values, turned back: [T, Hq, Dv] any float -> float32, the same shape."""
+
+
+class Codec(ABC):
+    """Frames of a fixed size, statistics of running requests, and epochs made of them."""
+
+    @property
+    @abstractmethod
     def frame_bytes(self) -> int:
-        """Bytes of one page of one layer, all KV heads of this rank, padding included."""
-
-    @property
-    @abstractmethod
-    def ratio(self) -> float:
-        """bfloat16 bytes of a page per byte of its frame."""
-
-    @property
-    @abstractmethod
-    def calibrated(self) -> bool:
-        """Every layer is calibrated."""
-
-    @property
-    @abstractmethod
-    def revision(self) -> str:
-        """Hash of everything that gives bytes their meaning: format and bases. Changes with every calibration."""
+        """Bytes of a frame, header and padding included. The same for all epochs."""
 
     @property
     @abstractmethod
     def table_bytes(self) -> int:
-        """Bytes of device memory that the bases take once every layer is calibrated; known from the start."""
+        """Bytes of device memory of the tables of one epoch; known from the start."""
 
     @property
     @abstractmethod
     def state_bytes(self) -> int:
-        """Bytes of device memory that the codec holds besides the frames: bases and moments."""
+        """Bytes of device memory that the statistics take at the moment."""
 
     @abstractmethod
     def observe_queries(self, layer: int, q: torch.Tensor) -> None:
         """Learn which directions matter. q [T, Hq, Dk], post-RoPE, any float dtype.
 
-        Cheap and without waiting for the device; does nothing once the layer is calibrated or has seen enough.
+        Cheap and without waiting for the device; does nothing once the layer has seen enough for the next epoch.
         """
 
     @abstractmethod
-    def calibrate(self, layer: int, k_sample: torch.Tensor, v_sample: torch.Tensor) -> None:
-        """Fix the bases of a layer from keys [N, H, Dk] and values [N, H, Dv] of real tokens, N >= 1.
+    def calibrate(self, samples: list[LayerSample]) -> Epoch:
+        """An epoch from the queries observed so far and some real tokens of every layer.
 
         Raises:
-            MosaicError: the layer is calibrated already; its pages would lose their meaning.
             ValueError: a shape does not fit or a value is not finite.
         """
 
-    @abstractmethod
-    def encode(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        """Bytes of whole pages: k [P, page, H, Dk], v [P, page, H, Dv] -> uint8 [P, H, segment_bytes].
 
-        The bytes of a page depend on its own K and V and on the revision, on nothing else. A token whose K or V is not
-        finite decodes to non-finite values, never to plausible ones, and does not disturb other pages or heads.
-
-        Raises:
-            MosaicError: the layer is not calibrated.
-            ValueError: a shape does not fit.
-        """
-
-    @abstractmethod
-    def decode(
-        self, layer: int, data: torch.Tensor, out: tuple[torch.Tensor, torch.Tensor] | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """uint8 [P, H, segment_bytes] -> float32 k_rot [P, H, page, Dk] and v_rot [P, H, page, Dv].
-
-        Memory order is [H, P, page, D]: `x.transpose(0, 1).flatten(1, 2)` is a view [H, P * page, D]. `out` is
-        optional contiguous scratch of these two shapes in that order.
-        """
-
-    @abstractmethod
-    def rotate_queries(self, layer: int, q: torch.Tensor) -> torch.Tensor:
-        """Queries for rotated keys: [T, Hq, Dk] any float -> float32, the same shape.
-
-        Raises:
-            MosaicError: the layer is not calibrated.
-        """
-
-    @abstractmethod
-    def unrotate_output(self, layer: int, out: torch.Tensor) -> torch.Tensor:
-        """Attention output over rotated values, turned back: [T, Hq, Dv] any float -> float32, the same shape.
-
-        Raises:
-            MosaicError: the layer is not calibrated.
-        """
+def check_pages(k: torch.Tensor, v: torch.Tensor, page_size: int, heads: int, k_dim: int, v_dim: int) -> None:
+    """
+    Raises:
+        ValueError: `k` or `v` is not [P, page_size, heads, dim].
+    """
+    for name, x, dim in (("k", k, k_dim), ("v", v, v_dim)):
+        if x.dim() != 4 or x.shape[1:] != (page_size, heads, dim):
+            raise ValueError(f"{name} must be [P, {page_size}, {heads}, {dim}], got {tuple(x.shape)}")
+    if len(k) != len(v):
+        raise ValueError(f"k and v must be of the same pages, got {len(k)} and {len(v)}")

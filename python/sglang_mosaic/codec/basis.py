@@ -4,6 +4,10 @@ Keys: `k~ = k P`, `q~ = q P^-T` with P = C^(1/2) R, C the second moment of the q
 the keys whitened by C^(1/2). Then q~ . k~ = q . k exactly; q~ has the same variance in every channel, so that an error
 of k~ counts the same in every channel; and the channels come out sorted by energy. Values: principal directions,
 orthogonal.
+
+C is shrunk towards its diagonal. RoPE turns queries with their position: the pairs of channels that turn slowly point
+somewhere else at position 3,000 than at the 1,500 that were seen, and a basis that trusts their correlations puts
+errors where later queries look. On SmolLM2-135M that more than doubled the error of 2.5-bit keys (docs/codec.md).
 """
 
 from __future__ import annotations
@@ -15,6 +19,8 @@ import torch
 # Share of the queries' mean variance added to every direction: an unseen direction still gets some weight, and the
 # condition number of P stays below sqrt(dim / RIDGE).
 RIDGE = 1e-3
+# Share of the diagonal in the queries' second moment.
+DIAGONAL = 0.8
 
 
 class LayerBasis(NamedTuple):
@@ -30,8 +36,11 @@ class LayerBasis(NamedTuple):
     """[H, Dk, Dk]: queries -> queries of stored keys; (q @ q_basis) . (k @ k_basis) = q . k."""
     v_basis: torch.Tensor
     """[H, Dv, Dv]: values -> stored values; orthogonal up to its scale."""
-    v_unrotate: torch.Tensor
-    """[H, Dv, Dv]: attention output over stored values -> attention output."""
+
+    @property
+    def v_unrotate(self) -> torch.Tensor:
+        """[H, Dv, Dv]: attention output over stored values -> attention output."""
+        return self.v_basis.transpose(1, 2) / self.v_basis[:, :, :1].square().sum(1, keepdim=True)
 
 
 def calibrate(query_moment: torch.Tensor | None, k_sample: torch.Tensor, v_sample: torch.Tensor) -> LayerBasis:
@@ -68,8 +77,7 @@ def calibrate(query_moment: torch.Tensor | None, k_sample: torch.Tensor, v_sampl
     # Inverse of the rounded basis: what float32 loses is then not lost twice.
     q_basis = torch.linalg.inv(k_basis.double()).transpose(1, 2)
     v_basis = _normalised(values, _principal_directions(values)).float()
-    v_unrotate = torch.linalg.inv(v_basis.double())
-    return LayerBasis(*(b.float().contiguous().to(device) for b in (k_basis, q_basis, v_basis, v_unrotate)))
+    return LayerBasis(*(b.float().contiguous().to(device) for b in (k_basis, q_basis, v_basis)))
 
 
 def _finite(x: torch.Tensor, name: str) -> torch.Tensor:
@@ -87,7 +95,8 @@ def _square_root(moment: torch.Tensor, identity: torch.Tensor) -> torch.Tensor:
     """Symmetric square root of [H, D, D], regularised."""
     mean = moment.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
     # Queries that were all zero say nothing about directions.
-    moment = moment / torch.where(mean > 0, mean, 1.0) + RIDGE * identity
+    moment = moment / torch.where(mean > 0, mean, 1.0)
+    moment = (1 - DIAGONAL) * moment + DIAGONAL * moment * identity + RIDGE * identity
     energy, directions = torch.linalg.eigh((moment + moment.transpose(1, 2)) / 2)
     return (directions * energy.clamp_min(RIDGE).sqrt()[:, None]) @ directions.transpose(1, 2)
 

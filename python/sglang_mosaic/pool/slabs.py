@@ -1,28 +1,21 @@
-"""Fixed-size slabs of mosaic frames, one per layer."""
+"""Fixed-size mosaic frames."""
 
 from __future__ import annotations
 
 import torch
 
 POISON = 0xFF
-"""Byte that fills new mosaic frames: as a scale it is NaN, so reading a frame that was never encoded cannot pass for
-data."""
+"""Byte that fills new mosaic frames: as a scale it is NaN and as a format it is unknown, so reading a frame that was
+never encoded cannot pass for data."""
 
 
-class MosaicSlabs:
-    """Compressed frames, uint8 ``[mosaic_frames, frame_bytes]`` per layer.
+class MosaicSlab:
+    """Compressed frames, `frames` uint8 ``[mosaic_frames, frame_bytes]``: all layers of a page lie together, so that an
+    epoch can give each layer the bytes that it needs."""
 
-    Args:
-        layers: number of layers of this rank.
-        frames: mosaic frames.
-        frame_bytes: bytes of one frame of one layer.
-    """
-
-    def __init__(self, layers: int, frames: int, frame_bytes: int, device: torch.device | str) -> None:
-        self.layers = [
-            torch.full((frames, frame_bytes), POISON, dtype=torch.uint8, device=device) for _ in range(layers)
-        ]
+    def __init__(self, frames: int, frame_bytes: int, device: torch.device | str) -> None:
+        self.frames = torch.full((frames, frame_bytes), POISON, dtype=torch.uint8, device=device)
 
     @property
     def nbytes(self) -> int:
-        return sum(slab.numel() for slab in self.layers)
+        return self.frames.numel()

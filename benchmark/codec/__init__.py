@@ -1,0 +1,1 @@
+"""What the codecs lose on real K and V, and what they cost."""

@@ -1,0 +1,1 @@
+"""Which tokens a query reads, and what stands for the others."""

@@ -1,0 +1,70 @@
+"""Which calibration each mosaic frame was written with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from sglang_mosaic.codec.base import Epoch
+
+REFRESH_GROWTH = 2
+"""Every epoch lasts this many times as many pages as the one before: bases settle, and calibrating costs time."""
+
+
+class EpochTable:
+    """The live epochs, newest last, and the epoch of every mosaic frame.
+
+    Args:
+        first_frame, frames: numbers of the mosaic frames.
+        refresh_pages: encoded pages after which the first epoch is followed by another; 0: never.
+        most: epochs that may be alive at a time; the oldest ones die with their last page.
+    """
+
+    def __init__(self, first_frame: int, frames: int, refresh_pages: int, most: int) -> None:
+        self._first = first_frame
+        self._numbers = [-1] * frames
+        self._live: dict[int, Epoch] = {}
+        self._refresh_pages = refresh_pages
+        self._most = most
+        self._current = -1
+        self._left = 0
+        self.started = 0
+
+    @property
+    def current(self) -> Epoch | None:
+        """The epoch that new pages are encoded with."""
+        return self._live.get(self._current)
+
+    @property
+    def live(self) -> list[Epoch]:
+        """Epochs that pages may need."""
+        return list(self._live.values())
+
+    def due(self, frames_in_use: Iterable[int]) -> bool:
+        """Whether the next page wants a new epoch, and there is room for one. Drops epochs that no page needs."""
+        if self._current < 0:
+            return True
+        if not self._refresh_pages or self._left > 0:
+            return False
+        needed = {self.number(frame) for frame in frames_in_use} | {self._current}
+        self._live = {number: epoch for number, epoch in self._live.items() if number in needed}
+        return len(self._live) < self._most
+
+    def start(self, epoch: Epoch) -> None:
+        """Encode new pages with another epoch."""
+        self._current = self.started
+        self._live[self._current] = epoch
+        self._left = self._refresh_pages * REFRESH_GROWTH**self.started
+        self.started += 1
+
+    def written(self, frames: Iterable[int]) -> None:
+        """Frames were encoded with the current epoch."""
+        for frame in frames:
+            self._numbers[frame - self._first] = self._current
+            self._left -= 1
+
+    def number(self, frame: int) -> int:
+        """Number of the epoch of a mosaic frame."""
+        return self._numbers[frame - self._first]
+
+    def __getitem__(self, number: int) -> Epoch:
+        return self._live[number]

@@ -1,0 +1,184 @@
+"""From statistics to the plan of an epoch. Pure functions: another process may run them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+from mosaic_kernels.segment import ALIGNMENT, SegmentFormat
+from mosaic_kernels.segment_decode.reference import decode_keys
+from mosaic_kernels.segment_encode.choice import costs, energies
+from mosaic_kernels.segment_encode.reference import pack
+from mosaic_kernels.topk.segment import TopKFormat
+from sglang_mosaic.codec.allocation import Allocator, Step, best_formats
+from sglang_mosaic.codec.base import LayerSample
+from sglang_mosaic.codec.basis import LayerBasis, calibrate
+from sglang_mosaic.codec.plan import Format, HeadPlan, LayerPlan
+from sglang_mosaic.codec.selection import SelectionProfile, profile
+from sglang_mosaic.codec.sensitivity import Sensitivity, measure
+from sglang_mosaic.codec.statistics import by_kv_head
+
+EXCEPTIONS = (0, 1, 4)
+"""Numbers of uncompressed tokens that a segment may have."""
+FORMATS = 5
+"""Most formats of a head for ordinary pages."""
+SINK_FORMATS = 2
+"""Most further formats for the first pages of sequences."""
+SMALLEST, LARGEST = 0.75, 1.3
+"""Bounds of a head's bytes, as shares of the mean: expected errors are extrapolated from small ones."""
+
+
+class LayerStatistics(NamedTuple):
+    """What is known about one layer."""
+
+    query_moment: torch.Tensor | None
+    """[H, Dk, Dk] float: mean of q qᵀ over queries and the GQA group."""
+    queries: torch.Tensor | None
+    """[T, Hq, Dk] float: some real queries."""
+    sample: LayerSample
+    """Real keys and values."""
+
+
+class _Pages(NamedTuple):
+    """Rotated pages of one layer, [H, P, T, D] float32."""
+
+    k: torch.Tensor
+    v: torch.Tensor
+
+
+class _Measured(NamedTuple):
+    basis: LayerBasis
+    sensitivity: Sensitivity
+    queries: torch.Tensor
+    """[H, Q, Dk] float32, rotated."""
+    rows: _Pages
+    """Ordinary pages."""
+    sinks: _Pages
+    """Starts of sequences."""
+
+
+def make_plan(statistics: Sequence[LayerStatistics], frame_bytes: int, scale: float) -> list[LayerPlan]:
+    """Bases, sizes and formats of every layer and head.
+
+    Bytes go where they save most expected error: first over all heads of all layers, then within a head over K's groups
+    and V's blocks, and again for every segment by choosing among the formats of its head.
+
+    Args:
+        statistics: of every layer.
+        frame_bytes: bytes of one page, all layers and heads, a multiple of 16.
+        scale: factor of the logits.
+
+    Raises:
+        ValueError: a shape does not fit or a value is not finite.
+    """
+    page_size, heads, k_dim = statistics[0].sample.keys.shape[1:]
+    allocator = Allocator(page_size, k_dim, statistics[0].sample.values.shape[-1])
+    measured = [_measure(layer, scale) for layer in statistics]
+    paths = []
+    mean = frame_bytes / (len(measured) * heads)
+    for layer in measured:
+        for h in range(heads):
+            path = allocator.path(_energies(layer.rows, layer, h).mean(0).tolist(), int(LARGEST * mean))
+            paths.append([step for step in path if step.nbytes >= SMALLEST * mean] or path[-1:])
+    sizes = share_out(paths, frame_bytes)
+    plans = []
+    for i, layer in enumerate(measured):
+        plans.append(
+            LayerPlan(layer.basis, tuple(_head(layer, h, allocator, sizes[i * heads + h], scale) for h in range(heads)))
+        )
+    return plans
+
+
+def share_out(paths: Sequence[Sequence[Step]], total: int) -> list[int]:
+    """Bytes of each head, in sum at most `total`, so that the next byte would save about as much error anywhere."""
+    at = [0] * len(paths)
+    left = total - sum(path[0].nbytes for path in paths)
+    while True:
+        best, gain_of_best = None, 0.0
+        for i, path in enumerate(paths):
+            if at[i] + 1 < len(path):
+                here, after = path[at[i]], path[at[i] + 1]
+                gain = (here.cost - after.cost) / (after.nbytes - here.nbytes)
+                if after.nbytes - here.nbytes <= left and gain > gain_of_best:
+                    best, gain_of_best = i, gain
+        if best is None:
+            break
+        left -= paths[best][at[best] + 1].nbytes - paths[best][at[best]].nbytes
+        at[best] += 1
+    sizes = [path[i].nbytes for path, i in zip(paths, at, strict=True)]
+    # What is left is too little for a step of any head on average; single segments may still use it.
+    share = left // len(paths) // ALIGNMENT * ALIGNMENT
+    return [size + share for size in sizes]
+
+
+def _measure(layer: LayerStatistics, scale: float) -> _Measured:
+    keys, values, sinks = layer.sample
+    basis = calibrate(layer.query_moment, keys.flatten(0, 1), values.flatten(0, 1))
+    k_rot, v_rot = (
+        torch.einsum("pthd,hde->hpte", x.float(), b) for x, b in ((keys, basis.k_basis), (values, basis.v_basis))
+    )
+    if layer.queries is None:
+        # Nothing was asked yet: the strongest keys are as good a guess as any.
+        queries = keys.flatten(0, 1)[-64:]
+    else:
+        queries = layer.queries
+    q_rot = by_kv_head(queries, keys.shape[2]) @ basis.q_basis
+    sensitivity = measure(q_rot, k_rot, v_rot, scale, sinks)
+    first = sinks if sinks < len(keys) else 0
+    return _Measured(
+        basis,
+        sensitivity,
+        q_rot,
+        _Pages(k_rot[:, first:], v_rot[:, first:]),
+        _Pages(k_rot[:, :first], v_rot[:, :first]),
+    )
+
+
+def _energies(pages: _Pages, layer: _Measured, head: int, exceptions: int = 0) -> torch.Tensor:
+    """[P, K's groups + V's blocks] float64, weighted."""
+    k, v = energies(pages.k[head], pages.v[head], exceptions)
+    return torch.cat((k * layer.sensitivity.k_weight[head], v * layer.sensitivity.v_weight[head]), 1)
+
+
+def _head(layer: _Measured, head: int, allocator: Allocator, segment_bytes: int, scale: float) -> HeadPlan:
+    weights = float(layer.sensitivity.k_weight[head]), float(layer.sensitivity.v_weight[head])
+    formats: dict[Format, None] = {}
+    for pages, most in ((layer.rows, FORMATS), (layer.sinks, SINK_FORMATS)):
+        if not pages.k.shape[1]:
+            continue
+        candidates = _candidates(pages, layer, head, allocator, segment_bytes)
+        chosen = best_formats(costs(pages.k[head], pages.v[head], candidates, *weights), most)
+        formats.update({candidates[i]: None for i in chosen})
+    _, _, page_size, k_dim = layer.rows.k.shape
+    sparse = TopKFormat.fitting(segment_bytes, k_dim, layer.rows.v.shape[-1], page_size)
+    if sparse is not None:
+        formats[sparse] = None
+    selection = _selection(layer, head, next(iter(formats)), scale)
+    return HeadPlan(segment_bytes, tuple(formats), *weights, selection)
+
+
+def _selection(layer: _Measured, head: int, fmt: SegmentFormat, scale: float) -> SelectionProfile:
+    k, v = layer.rows.k[head], layer.rows.v[head]
+    data = torch.zeros(len(k), fmt.segment_bytes, dtype=torch.uint8, device=k.device)
+    pack(k, v, fmt, data)
+    scanned = decode_keys(data, fmt, refined=False)
+    # A few dozen queries are enough for a share.
+    queries = layer.queries[head][:: max(len(layer.queries[head]) // 64, 1)]
+    return profile(queries, k.flatten(0, 1), scanned.flatten(0, 1), v.flatten(0, 1), scale, k.shape[1])
+
+
+def _candidates(
+    pages: _Pages, layer: _Measured, head: int, allocator: Allocator, segment_bytes: int
+) -> list[SegmentFormat]:
+    """The best format of every page and of all together, for every number of exceptions that fits."""
+    formats: dict[SegmentFormat, None] = {}
+    for exceptions in EXCEPTIONS:
+        rows = _energies(pages, layer, head, exceptions)
+        for row in (rows.mean(0), *rows):
+            widths = allocator.path(row.tolist(), segment_bytes, exceptions)[-1].widths
+            fmt = allocator.format(widths, exceptions)
+            if fmt.segment_bytes <= segment_bytes:
+                formats[fmt] = None
+    return list(formats)
