@@ -13,6 +13,7 @@ from real_server import Server, Servers
 SERVER_FILES = (
     "test_server_identity.py",
     "test_server_shared_prefix.py",
+    "test_server_calibrated.py",
     "test_server_abuse.py",
     "test_server_dropin.py",
     "test_server_errors.py",

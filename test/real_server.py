@@ -154,6 +154,7 @@ class Servers:
         self._log_dir = log_dir
         self._starts = 0
         self._alive: dict[str, Server] = {}  # last used last
+        self.launches = dict(LAUNCHES)
 
     def __getitem__(self, name: str) -> Server:
         if name in self._alive:
@@ -162,7 +163,7 @@ class Servers:
             return self._alive[name]
         self.make_room()
         self._starts += 1
-        launch, port = LAUNCHES[name], free_port(HOST)
+        launch, port = self.launches[name], free_port(HOST)
         url = f"http://{HOST}:{port}"
         address = ("--model-path", str(self._model), "--port", str(port))
         argv = python("-m", launch.module, *launch.flags, *address, **launch.environment)

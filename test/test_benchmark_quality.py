@@ -29,20 +29,6 @@ from benchmark.quality.workload import Workload
         ("match_all", "they are 12 and 34.", ["12", "56"], 0.5),
         ("match_part", "in PARIS, France", ["Lyon", "paris"], 1),
         ("match_part", "nowhere", ["Lyon"], 0),
-        ("starts_with", " [FALCON] It is Paris.", ["[FALCON]", "paris"], 1),
-        ("starts_with", "It is Paris. [FALCON]", ["[FALCON]", "paris"], 0),
-        ("ends_with", "It is Paris, banana!", ["BANANA", "paris"], 1),
-        ("ends_with", "BANANA, it is Paris.", ["BANANA", "paris"], 0),
-        ("ends_with", "Noted. BANANA", ["BANANA", "paris"], 0),
-        ("ends_with", "", ["BANANA", "paris"], 0),
-        ("upper_case", "PARIS IS IT: 1.", ["", "lyon", "paris"], 1),
-        ("upper_case", "PARIS is it", ["", "paris"], 0),
-        ("upper_case", "5.", ["", "5"], 0),
-        ("has_word", "Well, Ottilie, it is Paris", ["Ottilie", "paris"], 1),
-        ("has_word", "Well, Ottilies Paris", ["Ottilie", "paris"], 0),
-        ("at_most_words", "It is Paris.", ["3", "paris"], 1),
-        ("at_most_words", "It is in Paris.", ["3", "paris"], 0),
-        ("at_most_words", "Noted.", ["3", "paris"], 0),
     ],
 )
 def test_replies_are_scored_by_their_text(metric: str, reply: str, references: list[str], score: float) -> None:
@@ -305,7 +291,7 @@ def test_conversations_are_exact_prefixes(prompter: Prompter) -> None:
     shorter, _, _ = prompter.conversation(messages[:-2])
     assert ids[: steps[-1]] == shorter
     asked = prompter.ask(messages, text, "Why?")
-    expected = prompter._render([*messages, {"role": "user", "content": "Why?"}], True)
+    expected = prompter.render([*messages, {"role": "user", "content": "Why?"}], True)
     assert _text(prompter, ids + asked) == expected
 
 
@@ -333,14 +319,13 @@ def work(prompter: Prompter) -> Workload:
 @pytest.mark.parametrize("suite", list(run.SUITES))
 def test_suites_fill_the_length_and_repeat(suite: str, work: Workload) -> None:
     groups = run.SUITES[suite](work, 1600)
-    tasks = len(rules.RULES) if suite == rules.SUITE else 1
-    assert sum(len(group.samples) for group in groups) == 6 * tasks
-    assert len({sample.key for group in groups for sample in group.samples}) == 6 * tasks
+    assert sum(len(group.samples) for group in groups) == 6
+    assert len({sample.key for group in groups for sample in group.samples}) == 6
     for group in groups:
         assert all(0 < step < len(group.context) for step in group.steps)
         for sample in group.samples:
             assert 0.8 * 1600 < len(group.context) + len(sample.question) + len(sample.answer) <= 1600
-            assert sample.question and (sample.answer or sample.budget)
+            assert sample.question and sample.answer and sample.scored
     # Fewer samples are the first ones of more; another seed has others.
     fewer = run.SUITES[suite](Workload(work.prompter, 1, 0), 1600)[0]
     assert fingerprint(fewer.context, fewer.samples[0]) == fingerprint(groups[0].context, groups[0].samples[0])
@@ -359,6 +344,18 @@ def test_needles_and_facts_are_in_the_context_and_numbers_only_there(work: Workl
             assert context.count(sentence.format(thing, sample.references[0])) == 1
             assert sample.references[0] not in question
             assert _text(work.prompter, list(sample.answer)) == f" {sample.references[0]}"
+
+
+def test_rules_are_in_the_system_prompt_and_their_words_only_there(work: Workload) -> None:
+    group = rules.groups(work, 1600)[0]
+    context = _text(work.prompter, list(group.context))
+    requests = list(rules.EVENTS.items())
+    for (event, request), sample in zip(requests, group.samples, strict=False):
+        (word,) = sample.references
+        assert context.count(rules.RULE.format(event=event, word=word)) == 1
+        question = _text(work.prompter, list(sample.question))
+        assert request in question and question.endswith(rules.BEGUN) and word not in question
+        assert _text(work.prompter, list(sample.answer)) == f" {word}"
 
 
 def test_scoring_text_computes_nothing_of_the_context_again(work: Workload) -> None:

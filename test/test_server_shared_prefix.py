@@ -3,24 +3,37 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
+from typing import NamedTuple
 
 import openai
 import pytest
 import requests
 
 from benchmark.common.text import make_text
+from benchmark.quality.client import Client
+from benchmark.quality.prompting import Prompter
 from real_server import Server
 
 pytestmark = pytest.mark.server
 
+
+@pytest.fixture(scope="module")
+def prompter(model: Path) -> Prompter:
+    return Prompter(str(model))
+
+
 # Place, its code, and where in the notes the code stands (0 the beginning, 1 the end).
 NEEDLES = [("harbour gate", "48213", 0.15), ("old windmill", "70951", 0.5), ("museum vault", "36284", 0.8)]
-# One question per user. The full KV cache answers all of them: what is missed then is lost by compression.
+# One question per user.
 QUESTIONS = (
     "I forgot the code. The secret code of the {} is which number?",
     "Which number opens the {}?",
     "My friend needs the secret code of the {}. Which number is it?",
 )
+REPLY = "The secret code of the {} is"
+LOSS = 0.5
+"""Nats that compression may take from the log-probability of a code of five digits."""
 
 
 def notes_with(place: str, code: str, where: float) -> str:
@@ -30,35 +43,45 @@ def notes_with(place: str, code: str, where: float) -> str:
     return "Answer questions about these notes.\n\n" + ". ".join(sentences)
 
 
-def ask(server: Server, notes: str, question: str) -> tuple[str, int]:
-    """The answer, and how many prompt tokens came from the cache."""
-    messages = [{"role": "system", "content": notes}, {"role": "user", "content": question}]
-    text, _, cached = server.chat(messages)
-    return text, cached
+class Recall(NamedTuple):
+    """How sure a server is of a code at the end of a begun answer."""
+
+    first_choice: bool
+    """Every digit is."""
+    logprob: float
+    cached_tokens: int
+
+
+def recall(server: Server, prompter: Prompter, notes: str, question: str, place: str, code: str) -> Recall:
+    messages = [{"role": "system", "content": notes}, {"role": "user", "content": question.format(place)}]
+    prompt = prompter.first_ids(prompter.render(messages) + REPLY.format(place))
+    answer, digits = prompter.answer(f" {code}", [code])
+    scores = Client(server.url, timeout_s=300).score(prompt, answer, top=8)
+    own, listed = [scores.own[i] for i in digits], [scores.listed[i] for i in digits]
+    first_choice = all(value == max(row.values()) for value, row in zip(own, listed, strict=True))
+    return Recall(first_choice, sum(own), scores.cached_tokens)
 
 
 @pytest.mark.parametrize(("place", "code", "where"), NEEDLES, ids=["early", "middle", "late"])
 def test_a_code_in_a_compressed_shared_prompt_is_found_by_every_user(
-    off_server: Server, seal_server: Server, place: str, code: str, where: float
+    off_server: Server, seal_server: Server, prompter: Prompter, place: str, code: str, where: float
 ) -> None:
     notes = notes_with(place, code, where)
-    questions = [question.format(place) for question in QUESTIONS]
     off_server.flush()
-    full = [ask(off_server, notes, question)[0] for question in questions]
-    assert all(code in answer for answer in full), f"the full cache fails, too: choose another text; {full}"
+    full = [recall(off_server, prompter, notes, question, place, code) for question in QUESTIONS]
+    assert all(user.first_choice for user in full), f"the full cache fails, too: choose another text; {full}"
 
     seal_server.flush()
     encoded_before = seal_server.stats()["pages_encoded"]
-    first, cached = ask(seal_server, notes, questions[0])
-    assert cached == 0 and code in first, f"user 1: {first!r}, {cached} tokens cached"
+    found = [recall(seal_server, prompter, notes, question, place, code) for question in QUESTIONS]
     stats = seal_server.stats()
     encoded = stats["pages_encoded"] - encoded_before
     # All full pages but the sink page and the two recent ones.
     assert encoded >= 1500 // 64 - 4, f"only {encoded} pages of the shared prompt were compressed; {stats}"
-    for user, question in enumerate(questions[1:], start=2):
-        answer, cached = ask(seal_server, notes, question)
-        assert cached > 1000, f"user {user}: only {cached} tokens came from the cache"
-        assert code in answer, f"user {user}: the code {code} is not in {answer!r}; the full cache: {full[user - 1]!r}"
+    assert found[0].cached_tokens == 0 and min(user.cached_tokens for user in found[1:]) > 1000, found
+    for number, (compressed, exact) in enumerate(zip(found, full, strict=True), start=1):
+        assert compressed.first_choice, f"user {number}: the code {code} is not the first choice: {found}, full {full}"
+        assert compressed.logprob > exact.logprob - LOSS, f"user {number}: {found}, with the full cache {full}"
 
 
 def test_turns_of_a_chat_hit_the_cache(seal_server: Server) -> None:

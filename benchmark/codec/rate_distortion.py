@@ -204,7 +204,7 @@ def _plot(axis: Any, rows: list[dict[str, Any]], style: str, colour: str, label:
     axis.plot(ratios, errors, style, color=colour, label=label, markersize=5, mfc=colour if filled else "white")
 
 
-def _public_arguments(args: argparse.Namespace) -> dict[str, Any]:
+def public_arguments(args: argparse.Namespace) -> dict[str, Any]:
     values = {key: str(value) if isinstance(value, Path) else value for key, value in sorted(vars(args).items())}
     return {
         key: public_command([value])[0] if isinstance(value, str) else value
@@ -220,7 +220,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         with tempfile.TemporaryDirectory(prefix="mosaic-capture-") as temporary:
             models = []
-            for path in args.model_path or [_embedded_model()]:
+            for path in args.model_path or [embedded_model()]:
                 models.append(measure_model(path, args, args.cache or Path(temporary)))
                 print(describe(models[-1]), end="\n\n")
     except BenchmarkError as error:
@@ -230,7 +230,7 @@ def main(argv: list[str] | None = None) -> int:
         report = {
             "benchmark": "rate_distortion",
             "environment": {**environment(), "threads": torch.get_num_threads(), "load_average_at_start": load},
-            "arguments": _public_arguments(args),
+            "arguments": public_arguments(args),
             "models": models,
         }
         write_json(args.json, report)
@@ -241,7 +241,7 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def _embedded_model() -> str:
+def embedded_model() -> str:
     from sglang_mosaic.embedded_model import ensure_model
 
     return str(ensure_model())

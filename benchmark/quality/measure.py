@@ -103,8 +103,8 @@ def _described(context: Sequence[int], sample: Sample) -> Record:
 
 def _ask(client: Client, context: Sequence[int], sample: Sample, mode: str) -> Record:
     prompt = [*context, *sample.question]
-    # What has no right answer in words can only be generated, and running text can only be scored.
-    if not sample.answer or (mode == GENERATE and sample.metric != LIKELIHOOD):
+    # Running text can only be scored.
+    if mode == GENERATE and sample.metric != LIKELIHOOD:
         reply = client.generate(prompt, sample.budget)
         return {
             "mode": GENERATE,

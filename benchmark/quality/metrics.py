@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import re
 from collections.abc import Callable, Sequence
 
 from benchmark.quality.scoring import Listed
@@ -33,39 +32,7 @@ def match_part(reply: str, references: Sequence[str]) -> float:
     return float(any(reference.lower() in reply for reference in references))
 
 
-def starts_with(reply: str, start: str) -> bool:
-    return reply.lstrip().startswith(start)
-
-
-def ends_with(reply: str, word: str) -> bool:
-    """Punctuation after the last word does not matter."""
-    words = re.findall(r"\w+", reply)
-    return bool(words) and words[-1].lower() == word.lower()
-
-
-def upper_case(reply: str, _: str) -> bool:
-    return any(letter.isalpha() for letter in reply) and reply == reply.upper()
-
-
-def has_word(reply: str, word: str) -> bool:
-    """In the same case."""
-    return re.search(rf"\b{re.escape(word)}\b", reply) is not None
-
-
-def at_most_words(reply: str, number: str) -> bool:
-    return len(reply.split()) <= int(number)
-
-
-def _kept_in_an_answer(rule: Callable[[str, str], bool]) -> Callable[[str, Sequence[str]], float]:
-    """1 for a reply that keeps a rule about the first reference and contains any of the others, the right answer."""
-    return lambda reply, references: float(rule(reply, references[0]) and match_part(reply, references[1:]) > 0)
-
-
-RULE_CHECKS = (starts_with, ends_with, upper_case, has_word, at_most_words)
-METRICS: dict[str, Callable[[str, Sequence[str]], float]] = {
-    **{check.__name__: check for check in (match_all, match_part)},
-    **{check.__name__: _kept_in_an_answer(check) for check in RULE_CHECKS},
-}
+METRICS: dict[str, Callable[[str, Sequence[str]], float]] = {check.__name__: check for check in (match_all, match_part)}
 """Score of a reply, 0 to 1, from its text and the references."""
 
 

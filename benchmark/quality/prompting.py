@@ -75,7 +75,7 @@ class Prompter:
         """What stands before the content of a single user message, and between it and the reply."""
         if not self.is_chat:
             return "", ""
-        head, _, foot = self._render([{"role": "user", "content": _CONTENT}], True).partition(_CONTENT)
+        head, _, foot = self.render([{"role": "user", "content": _CONTENT}], True).partition(_CONTENT)
         return head, foot
 
     def open_reply(self, prefix: str) -> str:
@@ -88,12 +88,12 @@ class Prompter:
         Returns:
             Its ids, how many of them each reply of the assistant ends at (but the last), and its text.
         """
-        waiting = self._render([*messages, {"role": "user", "content": _CONTENT}], True)
+        waiting = self.render([*messages, {"role": "user", "content": _CONTENT}], True)
         replies = [i + 1 for i, message in enumerate(messages) if message["role"] == "assistant"]
         ids, steps, done = self.first_ids(""), [], 0
         for count in replies:
             # A template may write a last message differently; what is sent is what all later turns share.
-            end = _common(self._render(messages[:count], False), waiting)
+            end = _common(self.render(messages[:count], False), waiting)
             ids += self.ids(waiting[done:end])
             done = end
             steps.append(len(ids))
@@ -101,12 +101,13 @@ class Prompter:
 
     def ask(self, messages: Sequence[Message], text: str, question: str) -> list[int]:
         """Tokens of the next user message up to the reply; `text` is that of `conversation`."""
-        whole = self._render([*messages, {"role": "user", "content": question}], True)
+        whole = self.render([*messages, {"role": "user", "content": question}], True)
         if not whole.startswith(text):
             raise BenchmarkError("--model-path: the chat template rewrites earlier turns; use another model")
         return self.ids(whole[len(text) :])
 
-    def _render(self, messages: Sequence[Message], expects_reply: bool) -> str:
+    def render(self, messages: Sequence[Message], expects_reply: bool = True) -> str:
+        """The text of a conversation, up to where the reply begins if one is expected."""
         if not self.is_chat:
             turns = "".join(f"{message['role'].capitalize()}: {message['content']}\n\n" for message in messages)
             return turns + ("Assistant:" if expects_reply else "")

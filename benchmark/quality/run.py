@@ -13,8 +13,8 @@ model writes the answer, and RULER's string matching scores it.
 A run goes on where it was interrupted when its command is repeated. Runs are never overwritten.
 
 Suites: ruler (RULER, arXiv 2404.06654, by its own generators), needles (numbers in novels, several questions on one
-prefix), recall (facts of early chat turns), rules (system-prompt rules, always generated), perplexity (running text,
-with KL to full KV).
+prefix), recall (facts of early chat turns), rules (rules of a long system prompt), perplexity (running text, with KL to
+full KV).
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     load.add_argument("--seed", type=integer(0), default=0, help="of the prompts (default %(default)s)")
     load.add_argument(
         "--score", choices=(FORCED, GENERATE), default=FORCED,
-        help="how answers are judged; rules are always generated, running text always forced (default %(default)s)",
+        help="how answers are judged; running text is always forced (default %(default)s)",
     )  # fmt: skip
     load.add_argument(
         "--data", type=Path, metavar="PATH",

@@ -20,7 +20,7 @@ class Sample:
     question: Sequence[int]
     """Everything between the context and the answer, at least one token."""
     answer: Sequence[int]
-    """The right answer, for forced scoring; empty where only a generated reply can be checked."""
+    """The right answer, for forced scoring."""
     scored: Sequence[int]
     """Offsets in `answer` of the tokens that count, ascending; the others are separators."""
     references: Sequence[str]

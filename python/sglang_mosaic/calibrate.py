@@ -96,7 +96,9 @@ def _prompts(text: Path, server_args: Any, length: int, passages: int) -> list[l
 
     longest = server_args.get_model_config().context_len - 2
     if length > longest:
-        raise ConfigError(f"--passages {passages}: passages of {length} tokens, but the model holds {longest}; ask for more.")
+        raise ConfigError(
+            f"--passages {passages}: passages of {length} tokens, but the model holds {longest}; ask for more passages."
+        )
     try:
         content = text.read_text()
     except (OSError, UnicodeDecodeError) as error:

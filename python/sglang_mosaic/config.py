@@ -103,8 +103,9 @@ class MosaicConfig:
 
     @property
     def live_epochs(self) -> int:
-        """Calibrations whose tables are held at a time."""
-        return 2 if self.refresh_pages else 1
+        """Calibrations whose tables are held at a time. With too few, the next one waits for the last page of the
+        oldest to be evicted."""
+        return 4 if self.refresh_pages else 1
 
     def store(self) -> None:
         """Publish this configuration to the processes that this one will start."""
