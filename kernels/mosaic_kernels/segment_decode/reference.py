@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from mosaic_kernels.constants import constant
 from mosaic_kernels.segment import GROUP, OFFSET_STEPS, V_BLOCK, Plane, SegmentFormat, TensorPlanes
 
 _WORDS = {4: torch.int64, 2: torch.int32, 1: torch.int16}  # bits of a plane -> integer of the bytes of one group
@@ -60,7 +61,8 @@ def _decode_values(data: torch.Tensor, fmt: SegmentFormat, refined: bool) -> tor
     if part.coded:
         shape = (tokens, part.blocks)
         scales = _scales(_bytes(data, part.scales, *shape))
-        units = torch.tensor([2**bits / OFFSET_STEPS for bits in part.bits[: 2 * part.blocks : 2]], device=y.device)
+        units = tuple(2**bits / OFFSET_STEPS for bits in part.bits[: 2 * part.blocks : 2])
+        units = constant(units, torch.float32, y.device)
         offsets = _bytes(data, part.offsets, *shape).view(torch.int8) * units
         for i, block in enumerate(y[..., : part.coded].split(V_BLOCK, -1)):
             block.add_(offsets[..., i, None]).mul_(scales[..., i, None])

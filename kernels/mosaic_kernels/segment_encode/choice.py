@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import torch
 
+from mosaic_kernels.constants import constant
 from mosaic_kernels.segment import GROUP, V_BLOCK, SegmentFormat
 from mosaic_kernels.segment_encode.outliers import ranges_without
 from mosaic_kernels.segment_encode.quantise import K_COVER_2_BITS, V_COVER_2_BITS
@@ -49,8 +50,8 @@ def energies(k_rot: torch.Tensor, v_rot: torch.Tensor, exceptions: int) -> tuple
     k = _sum_of_squares((high - low).unflatten(-1, (-1, GROUP))) * k_rot.shape[1]
     k = torch.maximum(k, k.amax(1, keepdim=True) * _LEAST_K)
     ranges = [block.amax(-1) - block.amin(-1) for block in v_rot.split(V_BLOCK, -1)]
-    channels = torch.tensor([block.shape[-1] for block in v_rot.split(V_BLOCK, -1)], device=v_rot.device)
-    return k, _sum_of_squares(torch.stack(ranges, 1)) * channels
+    channels = tuple(block.shape[-1] for block in v_rot.split(V_BLOCK, -1))
+    return k, _sum_of_squares(torch.stack(ranges, 1)) * constant(channels, torch.int64, v_rot.device)
 
 
 def costs(
@@ -68,15 +69,14 @@ def costs(
         total = 0.0
         # Group by group: the order of summation is fixed.
         for g in range(k.shape[1]):
-            total = total + k[:, g, None] * _column([k_weight * K_SHARES[formats[i].k_bits[g]] for i in which], k)
+            shares = tuple(k_weight * K_SHARES[formats[i].k_bits[g]] for i in which)
+            total = total + k[:, g, None] * constant(shares, torch.float64, k.device)
         for b in range(v.shape[1]):
-            total = total + v[:, b, None] * _column([v_weight * V_SHARES[formats[i].v_bits[2 * b]] for i in which], v)
-        result[:, which] = total
+            shares = tuple(v_weight * V_SHARES[formats[i].v_bits[2 * b]] for i in which)
+            total = total + v[:, b, None] * constant(shares, torch.float64, v.device)
+        for column, i in enumerate(which):
+            result[:, i] = total[:, column]
     return result
-
-
-def _column(values: list[float], like: torch.Tensor) -> torch.Tensor:
-    return torch.tensor(values, dtype=torch.float64, device=like.device)
 
 
 def _sum_of_squares(x: torch.Tensor) -> torch.Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from mosaic_kernels.constants import constant
 from mosaic_kernels.segment import BASE_BITS, GROUP, V_BLOCK, Plane, SegmentFormat, TensorPlanes
 from mosaic_kernels.segment_encode.exact import MAX_CHANNELS, exact_mean, magnitude, rotate
 from mosaic_kernels.segment_encode.outliers import ranges_without
@@ -102,13 +103,13 @@ def _put_mean(data: torch.Tensor, fmt: SegmentFormat, v_rot: torch.Tensor) -> No
 
 
 def _levels(part: TensorPlanes, device: torch.device) -> torch.Tensor:
-    return 2.0 ** torch.tensor(part.bits, device=device).repeat_interleave(GROUP)
+    return constant(tuple(2.0**bits for bits in part.bits for _ in range(GROUP)), torch.float32, device)
 
 
 def _put_planes(data: torch.Tensor, part: TensorPlanes, codes: torch.Tensor) -> None:
     """Write the code planes. codes [N, T, >= coded] uint8."""
-    refining = torch.tensor([bits - BASE_BITS[bits] for bits in part.bits], dtype=torch.uint8, device=codes.device)
-    refining = refining.repeat_interleave(GROUP)[: codes.shape[-1]]
+    refining = tuple(bits - BASE_BITS[bits] for bits in part.bits for _ in range(GROUP))[: codes.shape[-1]]
+    refining = constant(refining, torch.uint8, codes.device)
     for plane in part.base:
         _put(data, plane.start, _packed(codes[..., plane.channels] >> refining[plane.channels], plane))
     for plane in part.refinement:

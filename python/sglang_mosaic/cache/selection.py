@@ -91,6 +91,11 @@ class SelectionPlan:
             and sum(map(len, parts.values())) * PAGE_SIZE >= max(config.select_from, 1)
         }
         """Sequences that select: their frames by block, in the order of their tokens."""
+        self._device_frames = {
+            (i, b): torch.tensor(own, device=blocks[b].frames.device)
+            for i, parts in self.readers.items()
+            for b, own in parts.items()
+        }
         self._now: dict[int, _Chosen] = {}
         self._selected_lse: dict[int, torch.Tensor] = {}
         """By sequence, [Tq, Hq] over the tokens that the scan selected, as far as blocks were attended."""
@@ -154,10 +159,9 @@ class SelectionPlan:
         drift = torch.where(lse.isfinite() & chosen.lse.isfinite(), lse - chosen.lse, 0.0)
         drift = rows_of(drift[..., None], chosen.far.shape[0])
         pieces: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-        for b, own in self.readers[i].items():
+        for b in self.readers[i]:
             block = self._blocks[b]
-            frames = torch.tensor(own, device=block.frames.device)
-            data = self._memory.mosaic_data(layer, frames, block.epoch)
+            data = self._memory.mosaic_data(layer, self._device_frames[i, b], block.epoch)
             means = self._memory.epochs[block.epoch].mean_values(layer, data).transpose(0, 1)
             logits = chosen.far[..., self._pages(i, b)] + drift
             total = logits.logsumexp(-1)
@@ -207,10 +211,10 @@ class SelectionPlan:
                 continue
             epoch = self._memory.epochs[block.epoch]
             for i in readers:
-                frames = torch.tensor(self.readers[i][b], device=block.frames.device)
+                frames = self._device_frames[i, b]
                 keys = epoch.scan(layer, self._memory.mosaic_data(layer, frames, block.epoch))
                 keys = keys.transpose(0, 1).flatten(1, 2)
                 rows = rows_of(rotated[i, block.epoch], len(keys))[..., : keys.shape[-1]]
                 logits[i].append((rows * scale) @ keys.transpose(1, 2))
-                bias[i].append(epoch.far_bias(layer).to(keys.device)[:, None].expand(-1, len(frames)))
+                bias[i].append(epoch.far_bias(layer)[:, None].expand(-1, len(frames)))
         return {i: (torch.cat(logits[i], -1), torch.cat(bias[i], -1)) for i in fresh}

@@ -6,10 +6,12 @@ and spending bytes by importance from MosaicKV (arXiv 2607.00760).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterable, Iterator
 
 import torch
 
+from mosaic_kernels.constants import constant
 from mosaic_kernels.segment import ALIGNMENT, GROUP
 from mosaic_kernels.segment_encode.reference import rotate_pages
 from sglang_mosaic.codec import strategies
@@ -35,11 +37,9 @@ class PlanesEpoch(Epoch):
         self.layers = layers
         self.page_size = page_size
         self._hash = plan_hash(layers, page_size)
-        self._spans = []
-        at = 0
-        for layer in layers:
-            self._spans.append(slice(at, at + layer.nbytes))
-            at += layer.nbytes
+        self._spans = _spans([layer.nbytes for layer in layers])
+        self._segments = [_spans([head.segment_bytes for head in layer.heads]) for layer in layers]
+        """Of every layer, where each head's segment lies among its bytes."""
 
     @property
     def hash(self) -> str:
@@ -62,12 +62,15 @@ class PlanesEpoch(Epoch):
         basis, heads = plan.basis, len(plan.heads)
         check_pages(k, v, self.page_size, heads, basis.k_basis.shape[1], basis.v_basis.shape[1])
         k_rot, v_rot = rotate_pages(k, basis.k_basis), rotate_pages(v, basis.v_basis)
+        choices = [
+            strategies.costs(head.formats, k_rot[h], v_rot[h], head.k_weight, head.v_weight).argmin(1)
+            for h, head in enumerate(plan.heads)
+        ]
         data = torch.zeros(len(k), plan.nbytes, dtype=torch.uint8, device=k.device)
         errors = torch.zeros(heads, len(k), device=k.device)
-        at = 0
-        for h, head in enumerate(plan.heads):
-            _encode_head(k_rot[h], v_rot[h], head, data[:, at : at + head.segment_bytes], errors[h])
-            at += head.segment_bytes
+        for h, i, rows in _by_format(torch.stack(choices, 1), plan):
+            segments, error = _encode(k_rot[h][rows], v_rot[h][rows], plan.heads[h], i)
+            data[rows, self._segments[layer][h]], errors[h, rows] = segments, error
         return data, errors.T
 
     def decode(self, layer: int, data: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -77,10 +80,8 @@ class PlanesEpoch(Epoch):
         shape = len(plan.heads), len(data), self.page_size
         k_rot = torch.empty(*shape, plan.basis.k_basis.shape[1], device=data.device)
         v_rot = torch.empty(*shape, plan.basis.v_basis.shape[1], device=data.device)
-        at = 0
-        for h, head in enumerate(plan.heads):
-            _decode_head(data[:, at : at + head.segment_bytes], head, k_rot[h], v_rot[h])
-            at += head.segment_bytes
+        for h, fmt, rows, segments in self._stored(layer, data):
+            k_rot[h, rows], v_rot[h, rows] = strategies.decode(fmt, segments)
         return k_rot.transpose(0, 1), v_rot.transpose(0, 1)
 
     def scan(self, layer: int, data: torch.Tensor) -> torch.Tensor:
@@ -89,31 +90,38 @@ class PlanesEpoch(Epoch):
         Channels beyond a head's own scan rank are 0. Memory order as of `decode`.
         """
         plan = self.layers[layer]
-        most = max(head.selection.scan_channels for head in plan.heads)
-        k_rot = torch.zeros(len(plan.heads), len(data), self.page_size, most, device=data.device)
-        at = 0
-        for h, head in enumerate(plan.heads):
-            channels = head.selection.scan_channels
-            for fmt, rows, segments in _by_format(data[:, at : at + head.segment_bytes], head):
-                k_rot[h, rows, :, :channels] = strategies.scan(fmt, segments, channels)
-            at += head.segment_bytes
+        channels = [head.selection.scan_channels for head in plan.heads]
+        k_rot = torch.zeros(len(plan.heads), len(data), self.page_size, max(channels), device=data.device)
+        for h, fmt, rows, segments in self._stored(layer, data):
+            k_rot[h, rows, :, : channels[h]] = strategies.scan(fmt, segments, channels[h])
         return k_rot.transpose(0, 1)
 
     def mean_values(self, layer: int, data: torch.Tensor) -> torch.Tensor:
         """Mean rotated V of each page: float32 [P, H, Dv]."""
         plan = self.layers[layer]
         means = torch.empty(len(data), len(plan.heads), plan.basis.v_basis.shape[1], device=data.device)
-        at = 0
-        for h, head in enumerate(plan.heads):
-            for fmt, rows, segments in _by_format(data[:, at : at + head.segment_bytes], head):
-                means[rows, h] = strategies.mean_values(fmt, segments)
-            at += head.segment_bytes
+        for h, fmt, rows, segments in self._stored(layer, data):
+            means[rows, h] = strategies.mean_values(fmt, segments)
         return means
+
+    def _stored(self, layer: int, data: torch.Tensor) -> Iterator[tuple[int, Format, torch.Tensor, torch.Tensor]]:
+        """Head, format, pages and bytes of the segments of each head and format.
+
+        Raises:
+            MosaicError: a segment was never encoded, or not with this plan.
+        """
+        plan, segments = self.layers[layer], self._segments[layer]
+        choices = torch.stack([data[:, segment.start + _FORMAT] for segment in segments], 1)
+        for h, i, rows in _by_format(choices, plan):
+            found = data[:, segments[h]]
+            yield h, plan.heads[h].formats[i], rows, found if len(rows) == len(data) else found[rows]
 
     def far_bias(self, layer: int) -> torch.Tensor:
         """What to add to the logits of the far field, float32 [H]; -inf: the head has none."""
-        biases = [head.selection.far_bias for head in self.layers[layer].heads]
-        return torch.tensor([-torch.inf if bias is None else bias for bias in biases])
+        plan = self.layers[layer]
+        biases = (head.selection.far_bias for head in plan.heads)
+        biases = tuple(-torch.inf if bias is None else bias for bias in biases)
+        return constant(biases, torch.float32, plan.basis.q_basis.device)
 
     def rotate_queries(self, layer: int, q: torch.Tensor) -> torch.Tensor:
         return _per_head(q, self.layers[layer].basis.q_basis)
@@ -198,46 +206,51 @@ class PlanesCodec(Codec):
         return PlanesEpoch(make_plan(statistics, self._frame_bytes, self._scale), self.page_size)
 
 
-def _encode_head(
-    k_rot: torch.Tensor, v_rot: torch.Tensor, head: HeadPlan, data: torch.Tensor, errors: torch.Tensor
-) -> None:
-    """k_rot and v_rot [P, T, D] float32; data [P, segment_bytes] and errors [P], written."""
-    choice = strategies.costs(head.formats, k_rot, v_rot, head.k_weight, head.v_weight).argmin(1)
-    for i in choice.unique().tolist():
-        fmt, rows = head.formats[i], (choice == i).nonzero().squeeze(1)
-        k, v = k_rot[rows], v_rot[rows]
-        segments = torch.zeros(len(rows), head.segment_bytes, dtype=torch.uint8, device=data.device)
-        strategies.pack(fmt, k, v, segments)
-        squared = 0.0
-        for exact, coded, weight in zip(
-            (k, v), strategies.decode(fmt, segments), (head.k_weight, head.v_weight), strict=True
-        ):
-            squared = squared + (exact - coded).double().square().sum((1, 2)) * weight
-        # Rounded, so that the order of summation does not show in the bytes.
-        error = squared.sqrt().bfloat16().float()
-        segments[:, _FORMAT] = i
-        segments[:, _ERROR : _ERROR + 4] = error[:, None].view(torch.uint8)
-        data[rows], errors[rows] = segments, error
+def _spans(sizes: Iterable[int]) -> list[slice]:
+    """Things of these sizes one after the other."""
+    ends = list(itertools.accumulate(sizes, initial=0))
+    return [slice(start, stop) for start, stop in itertools.pairwise(ends)]
 
 
-def _decode_head(data: torch.Tensor, head: HeadPlan, k_rot: torch.Tensor, v_rot: torch.Tensor) -> None:
-    """data [P, segment_bytes]; k_rot and v_rot [P, T, D], written."""
-    for fmt, rows, segments in _by_format(data, head):
-        k_rot[rows], v_rot[rows] = strategies.decode(fmt, segments)
+def _encode(k_rot: torch.Tensor, v_rot: torch.Tensor, head: HeadPlan, number: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Segments [P, T, D] float32 in format `number` of a head: uint8 [P, segment_bytes], float32 [P] errors."""
+    fmt = head.formats[number]
+    segments = torch.zeros(len(k_rot), head.segment_bytes, dtype=torch.uint8, device=k_rot.device)
+    strategies.pack(fmt, k_rot, v_rot, segments)
+    k_coded, v_coded = strategies.decode(fmt, segments)
+    squared = sum(
+        (exact - coded).double().square().sum((1, 2)) * weight
+        for exact, coded, weight in ((k_rot, k_coded, head.k_weight), (v_rot, v_coded, head.v_weight))
+    )
+    # Rounded, so that the order of summation does not show in the bytes.
+    error = squared.sqrt().bfloat16().float()
+    segments[:, _FORMAT] = number
+    segments[:, _ERROR : _ERROR + 4] = error[:, None].view(torch.uint8)
+    return segments, error
 
 
-def _by_format(data: torch.Tensor, head: HeadPlan) -> Iterator[tuple[Format, torch.Tensor, torch.Tensor]]:
-    """Format, rows and bytes of the segments of each format. data [P, segment_bytes].
+def _by_format(choices: torch.Tensor, plan: LayerPlan) -> Iterator[tuple[int, int, torch.Tensor]]:
+    """Head, number of a format, and the pages that have it, for every combination that occurs.
 
-    Raises:
-        MosaicError: a segment was never encoded, or not with this plan.
+    Waits for the device once, whatever the number of heads and formats.
+
+    Args:
+        choices: integer [P, H].
     """
-    choice = data[:, _FORMAT]
-    for i in choice.unique().tolist():
-        if i >= len(head.formats):
-            raise MosaicError(f"a segment has format {i} of {len(head.formats)}: its frame was never encoded")
-        rows = (choice == i).nonzero().squeeze(1)
-        yield head.formats[i], rows, data if len(rows) == len(data) else data[rows]
+    most = max(len(head.formats) for head in plan.heads)
+    numbers = torch.arange(most, device=choices.device)
+    counts = (choices[:, :, None] == numbers).sum(0)
+    order = choices.argsort(dim=0, stable=True)
+    for h, (head, of_head) in enumerate(zip(plan.heads, counts.tolist(), strict=True)):
+        if sum(of_head[: len(head.formats)]) != len(choices):
+            raise MosaicError(
+                f"a segment has format {int(choices[:, h].max())} of {len(head.formats)}: its frame was never encoded"
+            )
+        at = 0
+        for i, count in enumerate(of_head):
+            if count:
+                yield h, i, order[at : at + count, h]
+            at += count
 
 
 def _per_head(x: torch.Tensor, basis: torch.Tensor) -> torch.Tensor:
