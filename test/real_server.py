@@ -77,7 +77,7 @@ LAUNCHES = {
         {"SGLANG_TEST_RETRACT": "1", "SGLANG_TEST_RETRACT_INTERVAL": "20"},
     ),
     # The smallest pool that the refusal of a smaller one names (test_server_errors.py).
-    "smallest": Launch("sglang_mosaic.launch_server", (*COMMON, "--mosaic-kv-mib", "28.2", "--mosaic-audit")),
+    "smallest": Launch("sglang_mosaic.launch_server", (*COMMON, "--mosaic-kv-mib", "36.6", "--mosaic-audit")),
 }
 
 _TROUBLE = re.compile(r"Traceback|[A-Z]\w*(?:Error|Exception)\b|\bERROR\b|\bleak|invariant|violat", re.IGNORECASE)

@@ -11,7 +11,7 @@ from sglang_mosaic.codec.calibration import EXCEPTIONS, LARGEST, SMALLEST, Layer
 from sglang_mosaic.codec.plan import plan_hash
 from sglang_mosaic.codec.selection import profile
 from sglang_mosaic.codec.sensitivity import measure
-from sglang_mosaic.codec.statistics import SAMPLE_TOKENS, QueryStatistics, by_kv_head
+from sglang_mosaic.codec.statistics import SAMPLE_TOKENS, TOKENS_A_CALL, QueryStatistics, by_kv_head
 
 DIM, SCALE = 32, 32**-0.5
 
@@ -34,7 +34,7 @@ def test_moments_average_over_the_group_within_the_budget():
     for start in range(0, 100, 30):
         statistics.observe(1, q[start : start + 30])
     assert statistics.full(1) and not statistics.full(0)
-    assert statistics.moment(0) is None and statistics.recent(0) is None
+    assert statistics.moment(0) is None and statistics.sample(0) is None
     torch.testing.assert_close(statistics.moment(1), moment_of(q[:70], 2), rtol=1e-5, atol=1e-5)
 
 
@@ -50,15 +50,18 @@ def test_a_new_epoch_has_a_new_budget_and_keeps_what_was_learnt():
     torch.testing.assert_close(statistics.moment(0), moment_of(torch.cat((q[:40], q[60:])), 2), rtol=1e-5, atol=1e-5)
 
 
-def test_recent_queries_are_the_last_ones_of_small_forwards_and_spread_over_large_ones():
-    statistics = QueryStatistics(1, 1, 16, token_budget=10_000)
-    numbered = torch.arange(1000.0)[:, None, None].expand(-1, 1, 16)
+def test_kept_queries_are_spread_over_a_forward_and_over_all_forwards():
+    statistics = QueryStatistics(1, 1, 16, token_budget=100_000)
+    numbered = torch.arange(20_000.0)[:, None, None].expand(-1, 1, 16)
     statistics.observe(0, numbered[:200])
-    few = statistics.recent(0)[:, 0, 0].tolist()
-    assert len(few) <= SAMPLE_TOKENS and few[-1] == 199 and few[0] < 8 and len(set(few)) == len(few) >= 50
-    for step in range(200, 300):
-        statistics.observe(0, numbered[step : step + 1])
-    assert statistics.recent(0)[:, 0, 0].tolist() == list(range(300 - SAMPLE_TOKENS, 300))
+    few = statistics.sample(0)[:, 0, 0].tolist()
+    assert len(few) <= TOKENS_A_CALL and few[-1] == 199 and few[0] < 10 and len(set(few)) == len(few) >= 25
+    for start in range(200, 20_000, 200):
+        statistics.observe(0, numbered[start : start + 200])
+    kept = statistics.sample(0)[:, 0, 0]
+    assert len(kept.unique()) == len(kept) == SAMPLE_TOKENS
+    by_quarter = torch.histc(kept, 4, 0, 20_000)
+    assert (by_quarter > SAMPLE_TOKENS / 8).all(), by_quarter
 
 
 def test_statistics_hold_no_memory_of_the_caller_and_report_their_bytes():
@@ -68,9 +71,9 @@ def test_statistics_hold_no_memory_of_the_caller_and_report_their_bytes():
     statistics.observe(0, q[:0])
     assert statistics.nbytes == 0 and statistics.moment(0) is None
     statistics.observe(0, q)
-    kept, moment = statistics.recent(0).clone(), statistics.moment(0)
+    kept, moment = statistics.sample(0).clone(), statistics.moment(0)
     q.zero_()
-    assert torch.equal(statistics.recent(0), kept) and torch.equal(statistics.moment(0), moment)
+    assert torch.equal(statistics.sample(0), kept) and torch.equal(statistics.moment(0), moment)
     assert statistics.nbytes == 2 * 16 * 16 * 8 + 10 * 4 * 16 * 2
 
 

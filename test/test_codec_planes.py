@@ -121,7 +121,7 @@ def test_statistics_and_tables_report_their_bytes():
     codec.observe_queries(0, tokens(60, Q_HEADS, 1))
     codec.observe_queries(0, tokens(60, Q_HEADS, 2))
     full = codec.state_bytes
-    assert full == HEADS * DIM * DIM * 8 + 64 * Q_HEADS * DIM * 2
+    assert full == HEADS * DIM * DIM * 8 + (30 + 20) * Q_HEADS * DIM * 2
     codec.observe_queries(0, tokens(60, Q_HEADS, 3))
     assert codec.state_bytes == full
     epoch = codec.calibrate(samples_of(Shape()))

@@ -44,7 +44,7 @@ def test_a_working_setup_passes_and_shows_its_plan():
     ((level, plan),) = found(findings, "plan")
     assert level == "OK" and "24 dense frames" in plan and "mosaic frames" in plan
     ((level, reserve),) = found(findings, "reserve")
-    assert level == "OK" and "at least 16 dense frames (28.2 MiB); with 24 every recent window" in reserve
+    assert level == "OK" and "at least 16 dense frames (36.6 MiB); with 24 every recent window" in reserve
 
 
 @pytest.mark.parametrize(

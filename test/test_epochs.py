@@ -7,8 +7,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sglang_mosaic.cache import samples as samples_module
 from sglang_mosaic.cache.epochs import EpochTable
-from sglang_mosaic.cache.memory import CALIBRATION_SAMPLE_PAGES, PageMemory
+from sglang_mosaic.cache.memory import PageMemory
 from sglang_mosaic.cache.mixed_attention import MixedAttention
 from sglang_mosaic.codec.planes import PlanesEpoch
 from sglang_mosaic.config import MosaicConfig
@@ -232,8 +233,8 @@ def test_calibration_samples_starts_of_sequences_first_and_never_too_many(monkey
     (samples,) = seen
     assert len(samples) == LAYERS
     for layer, sample in enumerate(samples):
-        assert 0 < sample.sinks <= CALIBRATION_SAMPLE_PAGES // 4
-        assert sample.sinks < len(sample.keys) == len(sample.values) <= CALIBRATION_SAMPLE_PAGES
+        assert sample.sinks == samples_module.SINK_PAGES
+        assert len(sample.keys) == len(sample.values) == samples_module.SINK_PAGES + samples_module.PAGES
         for which in (slice(0, sample.sinks), slice(sample.sinks, None)):
             written_to = memory.dense_k[layer].view(-1, 64, HEADS, DIM)
             pages = [

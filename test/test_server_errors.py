@@ -23,7 +23,7 @@ REFUSED = {
     ),
     "fp8-cache": (("--kv-cache-dtype", "fp8_e5m2"), "use --kv-cache-dtype auto or bfloat16"),
     "unknown-policy": (("--mosaic-encode", "sometimes"), "argument --mosaic-encode: invalid choice: 'sometimes'"),
-    "pool-too-small": (("--mosaic-kv-mib", "5"), "smallest size that works is 1024 tokens (28.2 MiB)"),
+    "pool-too-small": (("--mosaic-kv-mib", "5"), "smallest size that works is 1024 tokens (36.6 MiB)"),
 }
 
 

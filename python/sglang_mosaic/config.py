@@ -43,7 +43,7 @@ class MosaicConfig:
     """File written by ``sglang-mosaic calibrate``. None: calibrate on the first pages that are compressed."""
     save_calibration: str | None = None
     """File that every calibration of this server is written to."""
-    refresh_pages: int = 0
+    refresh_pages: int = 64
     """Compressed pages after which the codec is calibrated anew, twice as many after that, and so on. 0: never."""
     select: float = 0.0
     """Share of a context's compressed tokens that a decode step reads at most. 0: all of them."""
@@ -82,7 +82,7 @@ class MosaicConfig:
         if self.refresh_pages < 0:
             raise ConfigError(f"--mosaic-refresh-pages: got {self.refresh_pages}, give 0 (never) or more.")
         if self.codec != "planes":
-            for name, off in (("calibration", None), ("save_calibration", None), ("refresh_pages", 0), ("select", 0.0)):
+            for name, off in (("calibration", None), ("save_calibration", None), ("select", 0.0)):
                 if getattr(self, name) != off:
                     flag = f"--mosaic-{name.replace('_', '-')}"
                     raise ConfigError(f"{flag}: got {getattr(self, name)!r}, which needs --mosaic-codec planes.")
@@ -105,7 +105,7 @@ class MosaicConfig:
     def live_epochs(self) -> int:
         """Calibrations whose tables are held at a time. With too few, the next one waits for the last page of the
         oldest to be evicted."""
-        return 4 if self.refresh_pages else 1
+        return 3 if self.refresh_pages and self.codec == "planes" else 1
 
     def store(self) -> None:
         """Publish this configuration to the processes that this one will start."""

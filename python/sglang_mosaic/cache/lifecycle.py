@@ -84,7 +84,7 @@ class PageLifecycle:
         self.sinks: set[int] = set()
         self.costly: set[int] = set()
         """Sealed pages that exceed the error limit; whoever judges pages adds them."""
-        self._unjudged: dict[int, None] = {}
+        self._new: dict[int, None] = {}
         self._newly_sealed = False
         self._encodings: dict[int, Encoding] = {}
         self._table: dict[int, int] = {page: UNMAPPED for page in range(1, size)}
@@ -118,12 +118,12 @@ class PageLifecycle:
         for page in pages:
             if self.state[page] is PageState.OPEN:
                 self.state[page] = PageState.SEALED
-                self.sealed[page] = self._unjudged[page] = None
+                self.sealed[page] = self._new[page] = None
                 self._newly_sealed = True
 
-    def take_unjudged(self) -> list[int]:
+    def take_new(self) -> list[int]:
         """Sealed pages that were not handed out by this method before."""
-        pages, self._unjudged = list(self._unjudged), {}
+        pages, self._new = list(self._new), {}
         return pages
 
     def free(self, pages: Iterable[int]) -> None:
@@ -142,7 +142,7 @@ class PageLifecycle:
             frames = self.dense if state in (PageState.OPEN, PageState.SEALED) else self.mosaic
             frames.give_back(self.frame[page])
             self.sealed.pop(page, None)
-            self._unjudged.pop(page, None)
+            self._new.pop(page, None)
             self.sinks.discard(page)
             self.costly.discard(page)
             self.state[page] = PageState.FREE
@@ -199,7 +199,7 @@ class PageLifecycle:
         for page in pages:
             encoding = Encoding(page, self.frame[page], self.mosaic.take())
             del self.sealed[page]
-            self._unjudged.pop(page, None)
+            self._new.pop(page, None)
             self.state[page] = PageState.ENCODING
             self._encodings[page] = encoding
             self.frame[page] = self._table[page] = encoding.mosaic_frame

@@ -9,16 +9,14 @@ import torch
 from sglang_mosaic.cache.audit import audit_frames, audit_free_list, audit_tree
 from sglang_mosaic.cache.epochs import EpochTable
 from sglang_mosaic.cache.lifecycle import Encoding, PageLifecycle
-from sglang_mosaic.codec.base import Codec, Epoch, LayerSample
+from sglang_mosaic.cache.samples import PageSamples, SampledPage
+from sglang_mosaic.codec.base import Codec, Epoch
 from sglang_mosaic.config import MosaicConfig
 from sglang_mosaic.errors import InvariantError
 from sglang_mosaic.layout import MemoryPlan
-from sglang_mosaic.page import PAGE_SIZE
+from sglang_mosaic.page import PAGE_SIZE, PageState
 from sglang_mosaic.pool.page_table import PageTable
 from sglang_mosaic.pool.slabs import MosaicSlab
-
-CALIBRATION_SAMPLE_PAGES = 64
-"""Most dense pages (64 tokens each) whose keys and values calibrate the codec."""
 
 
 class PageMemory:
@@ -56,6 +54,8 @@ class PageMemory:
         if epoch is not None:
             self.epochs.start(epoch)
         self._on_epoch = on_epoch
+        self._samples = PageSamples(self._read)
+        self._unjudged: list[int] = []
         # Mean squared error that pages were encoded with, summed over pages and heads.
         self._squared_errors = torch.zeros(len(dense_k), dtype=torch.float64, device=device)
         self.lifecycle = PageLifecycle(plan)
@@ -81,19 +81,23 @@ class PageMemory:
     def clear(self) -> None:
         """All pages were taken back; nothing is running."""
         self._written.clear()
+        self._unjudged.clear()
         self.lifecycle.clear()
 
     # Events of the forward (its own stream).
 
     def begin_forward(self) -> None:
         """Apply what was decided since the last forward. Call first thing in the forward's stream."""
-        if self.config.encode == "seal" or self.config.max_error is not None:
+        seal = self.config.encode == "seal"
+        early = seal or self.config.max_error is not None
+        if early:
             self._seal_written()
-            if self.epochs.current is None and len(self.lifecycle.sealed) >= self.config.calibration_pages:
-                self._calibrate()
+        self._look_at(self.lifecycle.take_new())
+        if early and self.epochs.current is None and len(self.lifecycle.sealed) >= self.config.calibration_pages:
+            self._calibrate(())
         if self.config.max_error is not None and self.epochs.current is not None:
-            self._judge(self.lifecycle.take_unjudged(), self.config.max_error)
-        if self.config.encode == "seal" and self.epochs.current is not None:
+            self._judge(self.config.max_error)
+        if seal and self.epochs.current is not None:
             self.lifecycle.encode_cold()
         updates = self.lifecycle.take_updates()
         self._encode(updates.encodings)
@@ -168,6 +172,7 @@ class PageMemory:
             "ratio": self.plan.frame_bytes.dense / self.plan.frame_bytes.mosaic,
             "epoch": None if self.epochs.current is None else self.epochs.current.hash,
             "epochs_started": self.epochs.started,
+            "sample_bytes": self._samples.nbytes,
             "error_by_layer": (self._squared_errors / max(pages.counters.encoded, 1)).sqrt().tolist(),
             "pages_allocated": pages.counters.allocated,
             "pages_freed": pages.counters.freed,
@@ -207,8 +212,20 @@ class PageMemory:
             self._squared_errors[layer] += errors.double().square().mean(1).sum()
         self.epochs.written(e.mosaic_frame for e in encodings)
 
-    def _judge(self, pages: list[int], limit: float) -> None:
+    def _look_at(self, pages: list[int]) -> None:
+        """Sample newly sealed pages for calibrations to come."""
+        if self.config.max_error is not None:
+            self._unjudged += pages
+        if self.config.compresses and (self.config.refresh_pages or self.epochs.current is None):
+            frame, sinks = self.lifecycle.frame, self.lifecycle.sinks
+            self._samples.offer(
+                [frame[page] for page in pages if page not in sinks], [frame[page] for page in pages if page in sinks]
+            )
+
+    def _judge(self, limit: float) -> None:
         """Mark pages that would exceed the error limit: they go last."""
+        pages = [page for page in self._unjudged if self.lifecycle.state[page] is PageState.SEALED]
+        self._unjudged.clear()
         if not pages:
             return
         frames = torch.tensor([self.lifecycle.frame[page] for page in pages], device=self.table.frames.device)
@@ -219,25 +236,22 @@ class PageMemory:
         over = (squared.sqrt() > limit).tolist()
         self.lifecycle.costly.update(page for page, exceeds in zip(pages, over, strict=True) if exceeds)
 
-    def _calibrate(self, frames: Iterable[int] = ()) -> None:
-        """Start an epoch from sealed pages, starts of sequences first, and from pages about to be encoded."""
-        pages = self.lifecycle
-        sinks = [pages.frame[page] for page in pages.sealed if page in pages.sinks]
-        others = [*frames, *(pages.frame[page] for page in pages.sealed if page not in pages.sinks)]
-        sinks = _spread(sinks, CALIBRATION_SAMPLE_PAGES // 4)
-        others = _spread(others, CALIBRATION_SAMPLE_PAGES - len(sinks))
-        sample = torch.tensor([*sinks, *others], device=self.table.frames.device)
-        samples = [LayerSample(*self.dense_rows(layer, sample), len(sinks)) for layer in range(len(self.dense_k))]
+    def _calibrate(self, frames: Iterable[int]) -> None:
+        """Start an epoch from the sampled pages, and from pages about to be encoded where those are few."""
+        samples = self._samples.layers(frames, self.table.frames.device)
         self.epochs.start(self.codec.calibrate(samples))
         self._on_epoch(self.epochs.current)
+
+    def _read(self, frames: list[int]) -> list[SampledPage]:
+        rows = torch.tensor(frames, device=self.table.frames.device)
+        layers = [[x.cpu() for x in self.dense_rows(layer, rows)] for layer in range(len(self.dense_k))]
+        return [
+            SampledPage([k[i].clone() for k, _ in layers], [v[i].clone() for _, v in layers])
+            for i in range(len(frames))
+        ]
 
     def _audit_table(self) -> None:
         pending = self.lifecycle.pending_pages
         for page, (found, expected) in enumerate(zip(self.table.frames.tolist(), self.lifecycle.frame, strict=True)):
             if page and page not in pending and found != expected:
                 raise InvariantError(f"the page table has page {page} at frame {found} instead of {expected}")
-
-
-def _spread(frames: list[int], most: int) -> list[int]:
-    """At most so many of them, evenly."""
-    return frames[:: -(-len(frames) // most)] if frames else []

@@ -199,7 +199,7 @@ class PlanesCodec(Codec):
         for sample in samples:
             check_pages(sample.keys, sample.values, self.page_size, heads, k_dim, v_dim)
         statistics = [
-            LayerStatistics(self._queries.moment(layer), self._queries.recent(layer), sample)
+            LayerStatistics(self._queries.moment(layer), self._queries.sample(layer), sample)
             for layer, sample in enumerate(samples)
         ]
         self._queries.renew()

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import random
+
 import torch
 
-SAMPLE_TOKENS = 64
-"""Recent queries kept per layer, to measure on."""
+SAMPLE_TOKENS = 128
+"""Queries kept per layer, to measure on."""
+TOKENS_A_CALL = 32
+"""Most of them from one call."""
 
 
 class QueryStatistics:
-    """Sums of q qᵀ per layer and KV head, averaged over the query heads that share it, and a few recent queries.
+    """Sums of q qᵀ per layer and KV head, averaged over the query heads that share it, and a few real queries.
 
     Args:
         layers: number of layers.
@@ -26,7 +30,10 @@ class QueryStatistics:
         self._left = [token_budget] * layers
         self._seen = [0] * layers
         self._sums: list[torch.Tensor | None] = [None] * layers
-        self._recent: list[torch.Tensor | None] = [None] * layers
+        self._sample: list[torch.Tensor | None] = [None] * layers
+        self._sampled = [0] * layers
+        # Seeded: the same requests in the same order give the same calibrations.
+        self._random = [random.Random(0) for _ in range(layers)]
 
     def observe(self, layer: int, q: torch.Tensor) -> None:
         """Add queries [T, Hq, Dk] of any float dtype, Hq a multiple of Hkv, as far as the budget goes."""
@@ -41,11 +48,25 @@ class QueryStatistics:
         self._sums[layer] += moment
         self._seen[layer] += tokens
         self._left[layer] -= tokens
-        stride = -(-tokens // SAMPLE_TOKENS)
-        recent = q[(tokens - 1) % stride :: stride].detach().clone()
-        if self._recent[layer] is not None:
-            recent = torch.cat((self._recent[layer], recent))[-SAMPLE_TOKENS:]
-        self._recent[layer] = recent
+        stride = -(-tokens // TOKENS_A_CALL)
+        self._keep(layer, q[(tokens - 1) % stride :: stride].detach())
+
+    def _keep(self, layer: int, q: torch.Tensor) -> None:
+        """Reservoir sampling (algorithm R): old prompts and new ones stay with the same probability."""
+        old = self._sample[layer]
+        room = SAMPLE_TOKENS - (0 if old is None else len(old))
+        fresh = q[:room].clone()
+        sample = fresh if old is None else torch.cat((old, fresh))
+        self._sampled[layer] += len(fresh)
+        places: dict[int, int] = {}
+        for row in range(len(fresh), len(q)):
+            self._sampled[layer] += 1
+            place = self._random[layer].randrange(self._sampled[layer])
+            if place < SAMPLE_TOKENS:
+                places[place] = row
+        if places:
+            sample[list(places)] = q[list(places.values())]
+        self._sample[layer] = sample
 
     def full(self, layer: int) -> bool:
         """The budget of a layer is used up until the next epoch."""
@@ -56,9 +77,9 @@ class QueryStatistics:
         total = self._sums[layer]
         return None if total is None else total / self._seen[layer]
 
-    def recent(self, layer: int) -> torch.Tensor | None:
+    def sample(self, layer: int) -> torch.Tensor | None:
         """At most SAMPLE_TOKENS queries [T, Hq, Dk] of a layer, or None if it saw none."""
-        return self._recent[layer]
+        return self._sample[layer]
 
     def renew(self) -> None:
         """Give every layer its budget again; what was learnt stays."""
@@ -67,7 +88,7 @@ class QueryStatistics:
     @property
     def nbytes(self) -> int:
         """Bytes held at the moment, on the device."""
-        return sum(x.nbytes for x in (*self._sums, *self._recent) if x is not None)
+        return sum(x.nbytes for x in (*self._sums, *self._sample) if x is not None)
 
 
 def by_kv_head(q: torch.Tensor, heads: int) -> torch.Tensor:

@@ -1,0 +1,96 @@
+"""Pages of real traffic, kept for calibrations.
+
+A codec that has seen one prompt alone serves other kinds of text badly (docs/codec.md), so what it is calibrated on is
+an even sample of all pages so far: reservoir sampling, algorithm R (Vitter 1985, doi 10.1145/3147.3165).
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+import torch
+
+from sglang_mosaic.codec.base import LayerSample
+
+PAGES = 48
+"""Most ordinary pages kept."""
+SINK_PAGES = 16
+"""Most starts of sequences kept."""
+
+
+class SampledPage(NamedTuple):
+    """One page, in host memory."""
+
+    k: list[torch.Tensor]
+    """Of every layer, [64, H, Dk]."""
+    v: list[torch.Tensor]
+    """Of every layer, [64, H, Dv]."""
+
+
+Read = Callable[[list[int]], list[SampledPage]]
+"""Copies dense frames to the host."""
+
+
+class _Reservoir:
+    """Each of the pages offered so far is among the kept ones with the same probability."""
+
+    def __init__(self, most: int, seed: int) -> None:
+        self.kept: list[SampledPage] = []
+        self._most = most
+        self._offered = 0
+        self._random = random.Random(seed)
+
+    def offer(self, frames: Iterable[int], read: Read) -> None:
+        places: dict[int, int] = {}
+        for frame in frames:
+            self._offered += 1
+            if self._offered <= self._most:
+                places[self._offered - 1] = frame
+            elif (place := self._random.randrange(self._offered)) < self._most:
+                places[place] = frame
+        for place, page in zip(places, read(list(places.values())) if places else [], strict=True):
+            self.kept[place : place + 1] = [page]
+
+
+class PageSamples:
+    """What calibrations see.
+
+    Args:
+        read: copies dense frames to the host.
+    """
+
+    def __init__(self, read: Read) -> None:
+        self._read = read
+        # Seeded: the same requests in the same order give the same calibrations.
+        self._sinks, self._others = _Reservoir(SINK_PAGES, 0), _Reservoir(PAGES, 1)
+
+    def offer(self, frames: Iterable[int], sinks: Iterable[int]) -> None:
+        """Look at full pages in these dense frames; `sinks` are in those that start a sequence."""
+        self._others.offer(frames, self._read)
+        self._sinks.offer(sinks, self._read)
+
+    def layers(self, frames: Iterable[int], device: torch.device) -> list[LayerSample]:
+        """The sample of every layer, filled up from other dense frames as far as pages are missing."""
+        missing = PAGES - len(self._others.kept)
+        more = _spread(list(frames), missing) if missing > 0 else []
+        pages = [*self._sinks.kept, *self._others.kept, *(self._read(more) if more else [])]
+        return [
+            LayerSample(
+                torch.stack([page.k[layer] for page in pages]).to(device),
+                torch.stack([page.v[layer] for page in pages]).to(device),
+                len(self._sinks.kept),
+            )
+            for layer in range(len(pages[0].k))
+        ]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of host memory."""
+        return sum(x.nbytes for page in (*self._sinks.kept, *self._others.kept) for x in (*page.k, *page.v))
+
+
+def _spread(frames: list[int], most: int) -> list[int]:
+    """At most so many of them, evenly."""
+    return frames[:: -(-len(frames) // most)] if frames else []
