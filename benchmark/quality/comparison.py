@@ -76,8 +76,9 @@ def _warnings(
     uncached = sum(cell.uncached for cell in found)
     if uncached:
         warnings.append(f"{uncached} samples did not get their context from the cache; give the server more KV memory")
-    counts = [session.get("pages_encoded") for session in sessions]
-    if about["settings"][COMPARED].get("attention_backend") == "mosaic" and not any(counts):
+    # A session that was interrupted counted nothing.
+    counts = [session["pages_encoded"] for session in sessions if "pages_encoded" in session]
+    if about["settings"][COMPARED].get("attention_backend") == "mosaic" and counts and not any(counts):
         warnings.append("no page was compressed, so this run measures nothing; serve with --mosaic-encode seal")
     return warnings
 

@@ -1,0 +1,72 @@
+"""A model outside the server whose KV cache can be replaced: prefill once, ask questions over any cache."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from benchmark.quality.samples import Sample
+from sglang_mosaic.torchvision_compat import declare_missing_operators
+
+
+class Context(NamedTuple):
+    """A prefilled context, after RoPE; of every layer."""
+
+    queries: list[torch.Tensor]
+    """[tokens, Hq, Dk]"""
+    keys: list[torch.Tensor]
+    """[H, tokens, Dk]"""
+    values: list[torch.Tensor]
+    """[H, tokens, Dv]"""
+
+
+class CachedModel:
+    """Weights in bfloat16, on the CPU.
+
+    Args:
+        model_path: checkpoint of a model whose module applies RoPE by `apply_rotary_pos_emb` (llama, qwen2, ...).
+    """
+
+    def __init__(self, model_path: str) -> None:
+        declare_missing_operators()
+        from transformers import AutoModelForCausalLM
+
+        self._model: Any = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.bfloat16).eval()
+        self._module = sys.modules[type(self._model).__module__]
+
+    @torch.inference_mode()
+    def prefill(self, ids: Sequence[int]) -> Context:
+        """Queries, keys and values of a context."""
+        from transformers import DynamicCache
+
+        queries: list[torch.Tensor] = []
+        rotate = self._module.apply_rotary_pos_emb
+
+        def record(q: torch.Tensor, k: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+            q, k = rotate(q, k, *args, **kwargs)
+            queries.append(q[0].transpose(0, 1).clone())
+            return q, k
+
+        cache = DynamicCache()
+        self._module.apply_rotary_pos_emb = record
+        try:
+            self._model.model(torch.tensor([ids]), past_key_values=cache, use_cache=True)
+        finally:
+            self._module.apply_rotary_pos_emb = rotate
+        return Context(queries, [layer.keys[0] for layer in cache.layers], [layer.values[0] for layer in cache.layers])
+
+    @torch.inference_mode()
+    def answer(self, keys: Sequence[torch.Tensor], values: Sequence[torch.Tensor], sample: Sample) -> torch.Tensor:
+        """Log-probabilities [scored tokens, vocabulary] of a forced answer over a cache of [H, tokens, D] a layer."""
+        from transformers import DynamicCache
+
+        cache = DynamicCache()
+        for layer, (k, v) in enumerate(zip(keys, values, strict=True)):
+            cache.update(k[None], v[None], layer)
+        ids = torch.tensor([[*sample.question, *sample.answer]])
+        hidden = self._model.model(ids, past_key_values=cache, use_cache=True).last_hidden_state[0]
+        at = [len(sample.question) - 1 + offset for offset in sample.scored]
+        return self._model.lm_head(hidden[at]).float().log_softmax(-1)

@@ -1,0 +1,76 @@
+"""The replay benchmark: its cache is the model's own, and the codec stands where it should."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmark.codec import replay
+from benchmark.codec.cached_model import CachedModel, Context
+from benchmark.common.text import make_text
+from benchmark.quality.prompting import Prompter
+from benchmark.quality.samples import Group, Sample
+
+
+@pytest.fixture(scope="module")
+def cached_model(model: Path) -> CachedModel:
+    return CachedModel(str(model))
+
+
+@pytest.fixture(scope="module")
+def group(model: Path) -> Group:
+    prompter = Prompter(str(model))
+    context = prompter.first_ids(make_text(400, "replay") + " The secret number is 4821.")
+    sample = Sample("s", "t", 0, 0, prompter.ids(" So the secret number is"), prompter.ids(" 4821"), [0, 1], [], "", 0)
+    return Group(context, [sample])
+
+
+@pytest.fixture(scope="module")
+def context(cached_model: CachedModel, group: Group) -> Context:
+    return cached_model.prefill(group.context)
+
+
+def test_answers_over_the_exact_cache_are_those_of_the_whole_text(
+    cached_model: CachedModel, group: Group, context: Context
+) -> None:
+    (sample,) = group.samples
+    found = cached_model.answer(context.keys, context.values, sample)
+    ids = torch.tensor([[*group.context, *sample.question, *sample.answer]])
+    with torch.inference_mode():
+        logits = cached_model._model(ids).logits[0].float()
+    at = [len(group.context) + len(sample.question) - 1 + offset for offset in sample.scored]
+    wanted = logits[at].log_softmax(-1)
+    # bfloat16: other shapes round differently.
+    assert float((wanted.exp() * (wanted - found)).sum(-1).max()) < 1e-3
+
+
+def test_recorded_queries_meet_their_keys(context: Context, group: Group) -> None:
+    tokens = len(group.context)
+    for queries, keys, values in zip(*context, strict=True):
+        assert queries.shape == (tokens, 9, 64) and keys.shape == values.shape == (3, tokens, 64)
+        assert queries.isfinite().all() and keys.isfinite().all()
+
+
+def test_all_full_pages_but_the_first_go_through_the_codec(context: Context) -> None:
+    epoch = replay.calibrate([context], 3.0, 64**-0.5)
+    tokens = context.keys[0].shape[1]
+    stop = tokens // 64 * 64
+    assert tokens % 64
+    for exact, coded in zip((context.keys, context.values), replay.through_codec(epoch, context), strict=True):
+        for a, b in zip(exact, coded, strict=True):
+            assert torch.equal(a[:, :64], b[:, :64]) and torch.equal(a[:, stop:], b[:, stop:])
+            error = (a[:, 64:stop] - b[:, 64:stop]).float().norm() / a[:, 64:stop].float().norm()
+            assert 0 < error < 0.3
+
+
+def test_a_row_counts_what_full_kv_and_the_codec_answer(
+    cached_model: CachedModel, group: Group, context: Context
+) -> None:
+    (sample,) = group.samples
+    asked = [replay.Prefilled("t", group, context, [cached_model.answer(context.keys, context.values, sample)])]
+    epochs = {ratio: replay.calibrate([context], ratio, 64**-0.5) for ratio in (3.0, 8.0)}
+    rows = {ratio: replay.replay(cached_model, asked, lambda _, e=epoch: e)["t"] for ratio, epoch in epochs.items()}
+    assert rows[3.0]["questions"] == 1 and rows[3.0]["full"] in (0, 1)
+    assert 0 < rows[3.0]["kl"] < rows[8.0]["kl"]
