@@ -61,10 +61,11 @@ LAUNCHES = {
         "sglang_mosaic.launch_server",
         (*COMMON, "--max-total-tokens", "6144", "--mosaic-encode", "off", "--mosaic-audit"),
     ),
-    # Pages are compressed as soon as they leave the recent window; 12,800 logical tokens.
+    # Pages are compressed as soon as they leave the recent window; 12,800 logical tokens. Calibrated once, here and
+    # below: tests compare answers before and after other traffic.
     "seal": Launch(
         "sglang_mosaic.launch_server",
-        (*COMMON, "--mosaic-encode", "seal", "--mosaic-kv-mib", "111", "--mosaic-audit"),
+        (*COMMON, "--mosaic-encode", "seal", "--mosaic-refresh-pages", "0", "--mosaic-kv-mib", "111", "--mosaic-audit"),
     ),
     # Pages are compressed when memory runs out (the default); 4,096 logical tokens. Started as a drop-in by SGLang's
     # own launcher, and made to retract a running request now and then.
@@ -72,7 +73,7 @@ LAUNCHES = {
         "sglang.launch_server",
         (
             *("--attention-backend", "mosaic", "--radix-cache-backend", "mosaic"),
-            *(*COMMON, "--mosaic-kv-mib", "57", "--mosaic-audit"),
+            *(*COMMON, "--mosaic-refresh-pages", "0", "--mosaic-kv-mib", "57", "--mosaic-audit"),
         ),
         {"SGLANG_TEST_RETRACT": "1", "SGLANG_TEST_RETRACT_INTERVAL": "20"},
     ),

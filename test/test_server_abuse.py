@@ -18,7 +18,7 @@ PROBE_TOKENS = (10, 60, 130, 300, 600, 900)
 def calibrate(server: Server) -> None:
     """Send prompts until the codec has its bases, so that probes before and after are compressed alike."""
     for i in range(12):
-        if server.stats()["codec"] is not None:
+        if server.stats()["epoch"] is not None:
             return
         server.generate(make_text(600, f"calibration {i}"), 4)
     raise AssertionError(f"{server.name}: 12 prompts of 600 tokens compressed nothing: {server.stats()}")

@@ -59,7 +59,7 @@ def test_the_ratio_is_of_all_bytes(server: Server, model: Path) -> None:
     assert frames < stats["kv_bytes"] <= KV_MIB * 2**20, "the codec's tables come on top of the frames"
 
 
-def test_codes_are_found_among_a_fifth_of_pages_of_several_epochs(server: Server, model: Path) -> None:
+def test_codes_are_found_in_a_fifth_of_the_tokens_of_several_epochs(server: Server, model: Path) -> None:
     prompter = Prompter(str(model))
     for place, code, where in NEEDLES:
         notes = notes_with(place, code, where)

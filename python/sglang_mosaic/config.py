@@ -47,8 +47,9 @@ class MosaicConfig:
     """Compressed pages after which the codec is calibrated anew, twice as many after that, and so on. 0: never."""
     select: float = 0.0
     """Share of a context's compressed tokens that a decode step reads at most. 0: all of them."""
-    select_top_p: float = 0.99
-    """Share of the attention mass after which selection stops below that."""
+    select_top_p: float = 1.0
+    """Share of the attention mass, sinks and recent tokens included, after which selection stops earlier. Where sinks
+    hold most of the mass, the last percent can be most of the output (docs/codec.md)."""
     select_from: int = 4096
     """Compressed tokens of a context below which all are read."""
     select_steps: int = 1
