@@ -4,7 +4,7 @@
 
 The engine prefills passages of the text with nothing compressed, calibrates on their queries, keys and values, and
 writes the result. A server started with ``--mosaic-calibration FILE`` and the same ``--mosaic-ratio`` begins with it.
-Basis and budgets hold for texts of the same kind and length as those seen (docs/codec.md has figures).
+Basis and budgets suit texts like those seen; a single unlike one does harm (docs/codec.md).
 """
 
 from __future__ import annotations

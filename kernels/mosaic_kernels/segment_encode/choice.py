@@ -24,7 +24,7 @@ _LEAST_K = 0.03
 def _shares(dropped: float, cover_2_bits: float) -> dict[int, float]:
     """Bits -> mean squared error of a code as a share of its squared range."""
     shares = {bits: 1 / 12 / (2**bits - 1) ** 2 for bits in (2, 3, 4, 5, 6, 8)}
-    # Narrower cells, and what is lost outside: together measured to gain half of what the cells gain.
+    # Narrower cells, and what is lost outside: together taken to gain half of what the cells gain.
     shares[2] *= (1 + cover_2_bits**2) / 2
     return {0: dropped, **shares}
 

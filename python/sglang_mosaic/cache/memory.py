@@ -25,7 +25,7 @@ class PageMemory:
     Args:
         plan: frames of each kind.
         config: encode policy.
-        codec: compresses pages; calibrated here, on pages that exist when it is needed.
+        codec: compresses pages; calibrated here, on a sample of the pages so far.
         dense_k, dense_v: per layer ``[(dense_frames + 1) * 64, kv_heads, dim]``; written by the model's forwards.
         epoch: a calibration to begin with; None: make one when the first page is encoded.
         on_epoch: told about every calibration that is made here.
