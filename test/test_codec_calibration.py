@@ -14,28 +14,28 @@ from sglang_mosaic.codec.sensitivity import measure
 from sglang_mosaic.codec.statistics import SAMPLE_TOKENS, TOKENS_A_CALL, QueryStatistics, by_kv_head
 
 DIM, SCALE = 32, 32**-0.5
+ONES = torch.ones(1, DIM)  # weights of values that were not scaled
 
 
 def noise(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def moment_of(q, heads):
-    q = q.double().unflatten(1, (heads, -1))
-    return torch.einsum("thgd,thge->hde", q, q) / (q.shape[0] * q.shape[2])
+def energy_of(q, heads):
+    return q.double().unflatten(1, (heads, -1)).square().mean((0, 2))
 
 
 # Statistics of queries.
 
 
-def test_moments_average_over_the_group_within_the_budget():
+def test_energies_average_over_the_group_within_the_budget():
     q = noise(100, 6, 16).bfloat16()
     statistics = QueryStatistics(2, 2, 16, token_budget=70)
     for start in range(0, 100, 30):
         statistics.observe(1, q[start : start + 30])
     assert statistics.full(1) and not statistics.full(0)
-    assert statistics.moment(0) is None and statistics.sample(0) is None
-    torch.testing.assert_close(statistics.moment(1), moment_of(q[:70], 2), rtol=1e-5, atol=1e-5)
+    assert statistics.energy(0) is None and statistics.sample(0) is None
+    torch.testing.assert_close(statistics.energy(1), energy_of(q[:70], 2), rtol=1e-5, atol=1e-5)
 
 
 def test_a_new_epoch_has_a_new_budget_and_keeps_what_was_learnt():
@@ -43,11 +43,11 @@ def test_a_new_epoch_has_a_new_budget_and_keeps_what_was_learnt():
     statistics = QueryStatistics(1, 2, 16, token_budget=40)
     statistics.observe(0, q[:60])
     statistics.observe(0, q[60:])
-    torch.testing.assert_close(statistics.moment(0), moment_of(q[:40], 2), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(statistics.energy(0), energy_of(q[:40], 2), rtol=1e-5, atol=1e-5)
     statistics.renew()
     assert not statistics.full(0)
     statistics.observe(0, q[60:])
-    torch.testing.assert_close(statistics.moment(0), moment_of(torch.cat((q[:40], q[60:])), 2), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(statistics.energy(0), energy_of(torch.cat((q[:40], q[60:])), 2), rtol=1e-5, atol=1e-5)
 
 
 def test_kept_queries_are_spread_over_a_forward_and_over_all_forwards():
@@ -69,12 +69,12 @@ def test_statistics_hold_no_memory_of_the_caller_and_report_their_bytes():
     assert statistics.nbytes == 0
     q = noise(10, 4, 16).bfloat16()
     statistics.observe(0, q[:0])
-    assert statistics.nbytes == 0 and statistics.moment(0) is None
+    assert statistics.nbytes == 0 and statistics.energy(0) is None
     statistics.observe(0, q)
-    kept, moment = statistics.sample(0).clone(), statistics.moment(0)
+    kept, energy = statistics.sample(0).clone(), statistics.energy(0)
     q.zero_()
-    assert torch.equal(statistics.sample(0), kept) and torch.equal(statistics.moment(0), moment)
-    assert statistics.nbytes == 2 * 16 * 16 * 8 + 10 * 4 * 16 * 2
+    assert torch.equal(statistics.sample(0), kept) and torch.equal(statistics.energy(0), energy)
+    assert statistics.nbytes == 2 * 16 * 8 + 10 * 4 * 16 * 2
 
 
 def test_query_heads_belong_to_their_kv_head():
@@ -94,7 +94,7 @@ def pages(count, heads=1, seed=0):
 
 def test_weights_foretell_the_error_of_other_noise():
     k, v, q = pages(4, 2), pages(4, 2, seed=1), noise(2, 40, DIM, seed=2) * 2
-    weights = measure(q, k, v, SCALE, 0)
+    weights = measure(q, k, v, ONES, SCALE, 0)
 
     def attention(k, v):
         return attend(q.transpose(0, 1), k.flatten(1, 2), v.flatten(1, 2), SCALE)[0].transpose(0, 1)
@@ -112,24 +112,24 @@ def test_weights_foretell_the_error_of_other_noise():
 def test_a_head_that_looks_sharply_is_more_sensitive_to_its_keys():
     q = noise(2, 40, DIM, seed=2)
     q[1] *= 8
-    weights = measure(q, pages(4, 1).expand(2, -1, -1, -1), pages(4, 1, seed=1).expand(2, -1, -1, -1), SCALE, 0)
+    weights = measure(q, pages(4, 1).expand(2, -1, -1, -1), pages(4, 1, seed=1).expand(2, -1, -1, -1), ONES, SCALE, 0)
     assert weights.k_weight[1] > 2 * weights.k_weight[0]
 
 
 def test_a_head_that_looks_nowhere_does_not_depend_on_its_keys():
-    weights = measure(torch.zeros(1, 40, DIM), pages(2), pages(2, seed=1), SCALE, 0)
+    weights = measure(torch.zeros(1, 40, DIM), pages(2), pages(2, seed=1), ONES, SCALE, 0)
     assert weights.k_weight == 1e-12 and weights.v_weight > 1e-12
-    nothing = measure(noise(1, 40, DIM), torch.zeros(1, 2, 64, DIM), torch.zeros(1, 2, 64, DIM), SCALE, 0)
+    nothing = measure(noise(1, 40, DIM), torch.zeros(1, 2, 64, DIM), torch.zeros(1, 2, 64, DIM), ONES, SCALE, 0)
     assert all(torch.isfinite(weight).all() and (weight > 0).all() for weight in nothing)
 
 
 def test_starts_of_sequences_do_not_count():
     k, v, q = pages(4), pages(4, seed=1), noise(1, 40, DIM, seed=2)
     k[:, 1:] = 0.5  # exact in every format: only the first page has an error
-    assert measure(q, k, v, SCALE, 0).k_weight > 1e-12
-    assert measure(q, k, v, SCALE, 1).k_weight == 1e-12
+    assert measure(q, k, v, ONES, SCALE, 0).k_weight > 1e-12
+    assert measure(q, k, v, ONES, SCALE, 1).k_weight == 1e-12
     # Nothing but starts of sequences: better than nothing.
-    assert measure(q, k, v, SCALE, 4) == measure(q, k, v, SCALE, 0)
+    assert measure(q, k, v, ONES, SCALE, 4) == measure(q, k, v, ONES, SCALE, 0)
 
 
 # Selection profiles.
@@ -185,7 +185,7 @@ def statistics(layers=2, heads=2, dim=DIM, sinks=1, count=5, queries=True):
             sinks,
         )
         q = noise(70, heads * 2, dim, seed=20 + layer) * 2 if queries else None
-        result.append(LayerStatistics(moment_of(q, heads) if queries else None, q, sample))
+        result.append(LayerStatistics(energy_of(q, heads) if queries else None, q, sample))
     return result
 
 

@@ -261,7 +261,7 @@ def over_limit(limit, loud=(), encode="seal", mosaic=12):
 
 
 def test_pages_over_the_limit_stay_uncompressed_while_others_can_go():
-    memory = over_limit(0.08, loud=(2, 5))
+    memory = over_limit(0.05, loud=(2, 5))
     mosaic = [page for page in range(1, 7) if int(memory.table.frames[page]) >= memory.table.first_mosaic]
     assert memory.lifecycle.costly == {2, 5} and mosaic == [1, 3, 4, 6]
     memory.allocate([7, 8, 9, 10, 11, 12], [])
@@ -273,7 +273,7 @@ def test_pages_over_the_limit_stay_uncompressed_while_others_can_go():
 
 
 def test_costly_pages_go_after_recent_ones_and_before_sinks():
-    memory = over_limit(0.08, loud=(2, 5), encode="pressure")
+    memory = over_limit(0.05, loud=(2, 5), encode="pressure")
     assert memory.lifecycle.costly == {2, 5} and memory.lifecycle.mosaic.used == 0
     memory.lifecycle.sinks.add(1)
     memory.set_recent_pages(lambda: {3, 5})

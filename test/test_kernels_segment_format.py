@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mosaic_kernels.segment import ALIGNMENT, BASE_BITS, GROUP, HEADER, OFFSET_STEPS, V_BLOCK, WIDTHS, SegmentFormat
+from mosaic_kernels.segment import ALIGNMENT, BASE_BITS, GROUP, HEADER, V_STEPS, WIDTHS, SegmentFormat
 from mosaic_kernels.segment_decode.reference import decode, decode_mean_values
 
 GOOD = {"k_dim": 64, "v_dim": 64, "k_bits": (4,) * 4, "v_bits": (4,) * 4}
@@ -20,14 +20,13 @@ def formats(draw, most_tokens=256, most_groups=8):
     page_size = draw(st.integers(1, most_tokens))
     k_groups, v_groups = draw(st.integers(1, most_groups)), draw(st.integers(1, most_groups))
     k_bits = sorted(draw(st.lists(st.sampled_from(WIDTHS), min_size=k_groups, max_size=k_groups)), reverse=True)
-    v_blocks = -(-v_groups // 2)
-    v_bits = sorted(draw(st.lists(st.sampled_from(WIDTHS), min_size=v_blocks, max_size=v_blocks)), reverse=True)
+    v_bits = sorted(draw(st.lists(st.sampled_from(WIDTHS), min_size=v_groups, max_size=v_groups)), reverse=True)
     return SegmentFormat(
         page_size=page_size,
         k_dim=GROUP * k_groups,
         v_dim=GROUP * v_groups,
         k_bits=tuple(k_bits),
-        v_bits=tuple(b for b in v_bits for _ in range(2))[:v_groups],
+        v_bits=tuple(v_bits),
         exceptions=draw(st.integers(0, min(page_size - 1, 5))),
     )
 
@@ -39,10 +38,9 @@ def tables(fmt):
     yield fmt.k.offsets, 2 * fmt.k_dim
     yield fmt.exception_k, 2 * fmt.exceptions * fmt.k_dim
     yield fmt.exception_v, 2 * fmt.exceptions * fmt.v_dim
-    for start in (fmt.v.scales, fmt.v.offsets):
-        yield start, fmt.page_size * fmt.v.blocks
+    yield fmt.v.scales, fmt.page_size if fmt.v.coded else 0
     yield fmt.mean_v, fmt.v_dim
-    yield fmt.mean_scales, -(-fmt.v_dim // V_BLOCK)
+    yield fmt.mean_scale, 1
     yield fmt.exception_tokens, fmt.exceptions
 
 
@@ -114,14 +112,15 @@ def test_more_bits_never_take_fewer_bytes(fmt, data):
 @pytest.mark.parametrize(
     ("dim", "bits", "exceptions", "nbytes"),
     [
-        # Header, scales and offsets of K, of V, mean V and its scales; padding; codes.
-        (64, 4, 0, (16 + 256 + 256 + 66 + 14) + 4096),
-        (128, 4, 0, (16 + 512 + 512 + 132 + 12) + 8192),
-        (128, 2, 0, (16 + 512 + 512 + 132 + 12) + 4096),
-        (128, 3, 0, (16 + 512 + 512 + 132 + 12) + 6144),
-        (128, 8, 0, (16 + 512 + 512 + 132 + 12) + 16384),
-        (128, 0, 0, 16 + 256 + 132 + 12),
-        (128, 4, 2, (16 + 512 + 512 + 132 + 2 * 513 + 10) + 8192),
+        # Header, scales and offsets of K, scales of V, mean V and its scale; padding; codes.
+        (64, 4, 0, (16 + 256 + 64 + 65 + 15) + 4096),
+        (64, 1, 0, (16 + 256 + 64 + 65 + 15) + 1024),
+        (128, 4, 0, (16 + 512 + 64 + 129 + 15) + 8192),
+        (128, 2, 0, (16 + 512 + 64 + 129 + 15) + 4096),
+        (128, 3, 0, (16 + 512 + 64 + 129 + 15) + 6144),
+        (128, 8, 0, (16 + 512 + 64 + 129 + 15) + 16384),
+        (128, 0, 0, 16 + 256 + 129 + 15),
+        (128, 4, 2, (16 + 512 + 64 + 129 + 2 * 513 + 13) + 8192),
     ],
 )
 def test_bytes_of_known_formats(dim, bits, exceptions, nbytes):
@@ -151,10 +150,9 @@ def test_equal_formats_are_one_key(fmt):
         ("k_bits", {"k_bits": (4, 4, 4)}),
         ("k_bits", {"k_bits": [4, 4, 4, 4]}),
         ("k_bits", {"k_bits": (8, 7, 4, 2)}),
-        ("k_bits", {"k_bits": (4, 4, 1, 0)}),
         ("k_bits", {"k_bits": (4, 4, 0, 2)}),
         ("v_bits", {"v_bits": (2, 2, 4, 4)}),
-        ("v_bits", {"v_bits": (8, 4, 4, 4)}),
+        ("v_bits", {"v_bits": (8, 7, 4, 4)}),
     ],
 )
 def test_bad_formats_name_the_argument(argument, change):
@@ -206,7 +204,7 @@ def read_segment(data, fmt, refined):
     k = torch.empty(fmt.page_size, fmt.k_dim, dtype=torch.float64)
     v = torch.empty(fmt.page_size, fmt.v_dim, dtype=torch.float64)
     mean = torch.tensor(
-        [read_int8(data, fmt.mean_v, c) * read_scale(data, fmt.mean_scales, c // V_BLOCK) for c in range(fmt.v_dim)],
+        [read_int8(data, fmt.mean_v, c) * read_scale(data, fmt.mean_scale, 0) for c in range(fmt.v_dim)],
         dtype=torch.float64,
     )
     exact = {data[fmt.exception_tokens + i]: i for i in range(fmt.exceptions)}
@@ -222,10 +220,9 @@ def read_segment(data, fmt, refined):
             if t in exact:
                 v[t, c] = read_half(data, fmt.exception_v, exact[t] * fmt.v_dim + c)
             elif c < fmt.v.coded:
-                i = t * fmt.v.blocks + c // V_BLOCK
-                unit = 2 ** fmt.v_bits[c // GROUP] / OFFSET_STEPS
-                code = read_code(data, fmt.v, t, c, refined) + read_int8(data, fmt.v.offsets, i) * unit
-                v[t, c] = code * read_scale(data, fmt.v.scales, i)
+                bits = fmt.v_bits[c // GROUP]
+                steps = read_code(data, fmt.v, t, c, refined) - (2**bits - 1) / 2
+                v[t, c] = steps * V_STEPS[bits] * read_scale(data, fmt.v.scales, t)
             else:
                 v[t, c] = mean[c]
     return k, v, mean
@@ -248,10 +245,7 @@ def arbitrary_segment(fmt, seed):
     ):
         put(at, torch.randn(count, generator=generator).half())
     # 1/4 to 4.
-    for at, count in (
-        (fmt.v.scales, fmt.page_size * fmt.v.blocks),
-        (fmt.mean_scales, -(-fmt.v_dim // V_BLOCK)),
-    ):
+    for at, count in ((fmt.v.scales, fmt.page_size if fmt.v.coded else 0), (fmt.mean_scale, 1)):
         put(at, torch.randint(0x34 << 1, 0x44 << 1, (count,), dtype=torch.uint8, generator=generator))
     put(fmt.exception_tokens, torch.randperm(fmt.page_size, generator=generator)[: fmt.exceptions].byte())
     return data

@@ -23,6 +23,7 @@ from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # for `import benchmark` when run by path
 
+import torch
 from tqdm import tqdm
 
 from benchmark.codec.capture import CaptureOptions, capture, read_text, tokenise
@@ -44,26 +45,23 @@ class Change(NamedTuple):
     """Module, constant, value instead."""
 
 
-def _shares(**changed: float) -> tuple[tuple[Any, str, Any], ...]:
-    """Other shares of dropped keys, or of two-bit codes, wherever they are used."""
-    dropped, cover = changed.get("k_dropped", 4 / 12), changed.get("cover")
-    k = choice._shares(dropped, quantise.K_COVER_2_BITS if cover is None else cover)
-    v = choice._shares(1 / 14, quantise.V_COVER_2_BITS if cover is None else cover)
-    return tuple(
-        (module, name, value) for module in (choice, allocation) for name, value in (("K_SHARES", k), ("V_SHARES", v))
-    )
+def _k_shares(**shares: float) -> tuple[tuple[Any, str, Any], ...]:
+    """Other shares of K's error, by `bitsN`, wherever they are used."""
+    changed = {int(name.removeprefix("bits")): share for name, share in shares.items()}
+    return tuple((module, "K_SHARES", choice.K_SHARES | changed) for module in (choice, allocation))
+
+
+def _without(*widths: int) -> tuple[tuple[Any, str, Any], ...]:
+    return ((allocation, "WIDTHS", tuple(w for w in WIDTHS if w not in widths)),)
 
 
 CHANGES = (
-    Change("query statistics trusted whole", ((basis, "DIAGONAL", 0.0),)),
-    Change("query statistics per channel only", ((basis, "DIAGONAL", 1.0),)),
-    Change("weak directions of K may go", ((choice, "_LEAST_K", 0.0),)),
-    Change("dropped K counts once, not four times", _shares(k_dropped=1 / 12)),
-    Change(
-        "2 bits span the whole range",
-        ((quantise, "K_COVER_2_BITS", 1.0), (quantise, "V_COVER_2_BITS", 1.0), *_shares(cover=1.0)),
-    ),
-    Change("no 3, 5 and 6 bits", ((allocation, "WIDTHS", tuple(w for w in WIDTHS if w not in (3, 5, 6))),)),
+    Change("queries not looked at", ((basis, "_rms", torch.ones_like),)),
+    Change("dropped K counts four times", _k_shares(bits0=1 / 5)),
+    Change("2 bits of K span the whole range", ((quantise, "K_COVERS", {1: 0.5}), *_k_shares(bits2=1 / 12 / 9))),
+    Change("no 1 bit", _without(1)),
+    Change("no 1, 3, 5 and 6 bits", _without(1, 3, 5, 6)),
+    Change("one scale of V tried", ((quantise, "_V_TRIED", (1,)),)),
     Change("one format per head", ((calibration, "FORMATS", 1), (calibration, "SINK_FORMATS", 0))),
     Change("no exception tokens", ((calibration, "EXCEPTIONS", (0,)),)),
     Change("the same bytes for every head", ((calibration, "SMALLEST", 1.0), (calibration, "LARGEST", 1.0))),

@@ -7,11 +7,15 @@ from dataclasses import dataclass
 from functools import cached_property
 
 GROUP = 16  # channels that share a bit width
-BASE_BITS = {0: 0, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 8: 4}
+BASE_BITS = {0: 0, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 8: 4}
 """Bits per value that a group may get -> how many of them are in its base plane; the others refine it."""
 WIDTHS = tuple(BASE_BITS)
-V_BLOCK = 32  # channels of one token's V that share a scale and an offset
-OFFSET_STEPS = 64  # units of V's offsets in the range of a code: a unit is 2^bits / 64 scales
+V_STEPS = {1: 102 / 64, 2: 1.0, 3: 38 / 64, 4: 43 / 128, 5: 3 / 16, 6: 27 / 256, 8: 1 / 32}
+"""Bits -> distance of two neighbouring codes of V, in scales of their token.
+
+Close to the steps of the uniform quantisers with the least squared error for a normal distribution of variance 1
+(Max, "Quantizing for minimum distortion", 1960), of few significant bits, so that products with a scale are exact.
+"""
 ALIGNMENT = 16  # bytes; a segment's length is a multiple of it (one vector load of a GPU)
 HEADER = 16  # bytes; what they mean is the codec's business
 
@@ -43,19 +47,20 @@ class TensorPlanes:
     Channels are ordered by bit width; the first `coded` have codes, the others none. A code is its base bits followed
     by its refinement bits. Without refinement a code stands for the middle of those that share its base.
 
-    A decoded value is affine in its code, per channel for K and per token and block of 32 channels for V:
+    A decoded value is affine in its code:
 
-    - K: `offset + code * scale`, `scales` [coded] float16, `offsets` [dim] float16 (the value itself without a code);
-    - V: `(code + offset * 2^bits / 64) * scale`, `scales` [page_size, blocks] uint8, `offsets` of that shape, int8. A
-      scale byte holds the upper bits of a positive float16, `byte << 7`; channels without a code are the mean V.
+    - K: `offset + code * scale`, per channel `scales` [coded] float16 and `offsets` [dim] float16 (the value itself
+      without a code);
+    - V: `(code - (2^bits - 1) / 2) * V_STEPS[bits] * scale`, per token `scales` [page_size] uint8, none if nothing is
+      coded. A scale byte holds the upper bits of a positive float16, `byte << 7`; channels without a code are the mean
+      V. The groups of a token share its scale: a basis that gives all channels the same variance uses all codes.
     """
 
     dim: int
     bits: tuple[int, ...]
     coded: int
-    blocks: int
     scales: int
-    offsets: int
+    offsets: int | None
     base: tuple[Plane, ...]
     refinement: tuple[Plane, ...]
 
@@ -65,11 +70,10 @@ class SegmentFormat:
     """One way to lay out a segment; equal formats lay out equally.
 
     A header of 16 bytes; scales, offsets, mean V and exceptions; padding to 16 bytes; base planes of K and V;
-    refinement planes of K and V. Cutting a segment off after its base planes leaves a valid,
-    coarser one.
+    refinement planes of K and V. Cutting a segment off after its base planes leaves a valid, coarser one.
 
-    - `mean_v` [v_dim] int8 times `mean_scales` [v_dim / 32] (a byte as V's scales): mean of the rotated values, what
-      far tokens and channels without codes are taken for;
+    - `mean_v` [v_dim] int8 times `mean_scale` (a byte as V's scales): mean of the rotated values, what far tokens and
+      channels without codes are taken for;
     - `exceptions`: tokens kept as float16, `exception_tokens` [exceptions] uint8, `exception_k` [exceptions, k_dim],
       `exception_v` [exceptions, v_dim]. Their codes are arbitrary.
 
@@ -77,7 +81,7 @@ class SegmentFormat:
         page_size: tokens per segment, at most 256.
         k_dim, v_dim: channels of K and V, multiples of 16.
         k_bits, v_bits: bits per value of each 16-channel group, from WIDTHS, never increasing (the bases sort channels
-            by energy). The two groups of a block of 32 channels of V have the same.
+            by energy).
         exceptions: tokens kept uncompressed.
 
     Raises:
@@ -98,8 +102,6 @@ class SegmentFormat:
             raise ValueError(f"exceptions must be 0 to page_size - 1, got {self.exceptions}")
         for name in ("k", "v"):
             _check_bits(name, getattr(self, f"{name}_dim"), getattr(self, f"{name}_bits"))
-        if any(a != b for a, b in zip(self.v_bits[::2], self.v_bits[1::2], strict=False)):
-            raise ValueError(f"v_bits must be equal within each block of {V_BLOCK} channels, got {self.v_bits}")
 
     @property
     def k(self) -> TensorPlanes:
@@ -116,7 +118,7 @@ class SegmentFormat:
         return self._layout[2]
 
     @property
-    def mean_scales(self) -> int:
+    def mean_scale(self) -> int:
         return self._layout[3]
 
     @property
@@ -169,12 +171,11 @@ class SegmentFormat:
             )
 
         k_coded, v_coded = (sum(b > 0 for b in bits) * GROUP for bits in (self.k_bits, self.v_bits))
-        blocks = -(-v_coded // V_BLOCK)
         # Parts of two bytes a value first, so that they are aligned.
         k_tables = take(2 * k_coded), take(2 * self.k_dim)
         exception_k, exception_v = take(2 * self.exceptions * self.k_dim), take(2 * self.exceptions * self.v_dim)
-        v_tables = take(self.page_size * blocks), take(self.page_size * blocks)
-        mean_v, mean_scales = take(self.v_dim), take(-(-self.v_dim // V_BLOCK))
+        v_scales = take(self.page_size if v_coded else 0)
+        mean_v, mean_scale = take(self.v_dim), take(1)
         exception_tokens = take(self.exceptions)
         align()
         base = [planes(_runs(bits, lambda width: BASE_BITS[width])) for bits in (self.k_bits, self.v_bits)]
@@ -184,9 +185,9 @@ class SegmentFormat:
             planes(_runs(bits, lambda width: width - BASE_BITS[width])) for bits in (self.k_bits, self.v_bits)
         ]
         align()
-        k = TensorPlanes(self.k_dim, self.k_bits, k_coded, 0, *k_tables, base[0], refinement[0])
-        v = TensorPlanes(self.v_dim, self.v_bits, v_coded, blocks, *v_tables, base[1], refinement[1])
-        return k, v, mean_v, mean_scales, exception_k, exception_v, exception_tokens, base_bytes, at
+        k = TensorPlanes(self.k_dim, self.k_bits, k_coded, *k_tables, base[0], refinement[0])
+        v = TensorPlanes(self.v_dim, self.v_bits, v_coded, v_scales, None, base[1], refinement[1])
+        return k, v, mean_v, mean_scale, exception_k, exception_v, exception_tokens, base_bytes, at
 
 
 def _runs(widths: tuple[int, ...], part) -> list[tuple[int, int, int]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from mosaic_kernels.constants import constant
-from mosaic_kernels.segment import GROUP, OFFSET_STEPS, V_BLOCK, Plane, SegmentFormat, TensorPlanes
+from mosaic_kernels.segment import GROUP, V_STEPS, Plane, SegmentFormat, TensorPlanes
 
 _WORDS = {4: torch.int64, 2: torch.int32, 1: torch.int16}  # bits of a plane -> integer of the bytes of one group
 
@@ -51,21 +51,18 @@ def decode_keys(
 def decode_mean_values(data: torch.Tensor, fmt: SegmentFormat) -> torch.Tensor:
     """Mean V: [N, >= segment_bytes] -> [N, v_dim] float32, rotated."""
     codes = data[:, fmt.mean_v : fmt.mean_v + fmt.v_dim].view(torch.int8).float()
-    scales = _scales(data[:, fmt.mean_scales : fmt.mean_scales + -(-fmt.v_dim // V_BLOCK)])
-    return codes * scales.repeat_interleave(V_BLOCK, -1)[:, : fmt.v_dim]
+    return codes * _scales(data[:, fmt.mean_scale, None])
 
 
 def _decode_values(data: torch.Tensor, fmt: SegmentFormat, refined: bool) -> torch.Tensor:
     part, tokens = fmt.v, fmt.page_size
     y = _codes(data, part, tokens, refined, part.dim)
     if part.coded:
-        shape = (tokens, part.blocks)
-        scales = _scales(_bytes(data, part.scales, *shape))
-        units = tuple(2**bits / OFFSET_STEPS for bits in part.bits[: 2 * part.blocks : 2])
-        units = constant(units, torch.float32, y.device)
-        offsets = _bytes(data, part.offsets, *shape).view(torch.int8) * units
-        for i, block in enumerate(y[..., : part.coded].split(V_BLOCK, -1)):
-            block.add_(offsets[..., i, None]).mul_(scales[..., i, None])
+        per_channel = [bits for bits in part.bits if bits for _ in range(GROUP)]
+        middles = constant(tuple((2**bits - 1) / 2 for bits in per_channel), torch.float32, y.device)
+        steps = constant(tuple(V_STEPS[bits] for bits in per_channel), torch.float32, y.device)
+        scales = _scales(_bytes(data, part.scales, tokens))[..., None]
+        y[..., : part.coded].sub_(middles).mul_(steps * scales)
     if part.coded < part.dim:
         y[..., part.coded :] = decode_mean_values(data, fmt)[:, None, part.coded :]
     return _with_exceptions(data, fmt, y, fmt.exception_v, part.dim)

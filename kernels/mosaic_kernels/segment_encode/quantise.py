@@ -1,20 +1,26 @@
-"""Asymmetric uniform quantisation: keys per channel, values per token, as in KIVI (arXiv 2402.02750).
+"""Uniform quantisation: keys per channel, values per token, as in KIVI (arXiv 2402.02750).
 
-Levels run from end to end of the range, both ends included: the tokens at the ends are those that attention looks at.
-Levels in the middle of equal bins have the smaller worst case, and twice the measured error in the attention output.
-With 2 bits alone the ends are given up: four levels over the whole range leave most values far from any of them.
+Keys: levels run from end to end of the range, both ends included: the tokens at the ends are those that attention
+looks at. Levels in the middle of equal bins have the smaller worst case, and twice the measured error in the attention
+output. With one or two bits the ends are given up: so few levels over the whole range leave most values far from any.
+
+Values: levels symmetric about zero, one scale per token. Their steps are best for a normal distribution; how far the
+scale follows the largest value is tried out for every token.
 """
 
 from __future__ import annotations
 
 import torch
 
-from mosaic_kernels.segment import OFFSET_STEPS, V_BLOCK
+from mosaic_kernels.constants import constant
+from mosaic_kernels.segment import GROUP, V_STEPS
 
 INFINITE_SCALE = 0x7C00 >> 7  # scale byte of float16's infinity
-# Share of the range that four levels cover; measured on the attention output of two models (docs/codec.md).
-K_COVER_2_BITS = 0.85
-V_COVER_2_BITS = 0.8
+K_COVERS = {1: 0.5, 2: 0.85}
+"""Bits -> share of the range that K's levels cover, 1 for others; measured on the attention output (docs/codec.md)."""
+# Bytes of V's scale to try, relative to that of a third of the token's largest value: about 1/3.4, 1/2.7, 1/2.1 of it.
+_V_TRIED = (-1, 1, 3)
+_ERROR_UNITS = 256  # per step; squared errors are summed as integers of them
 
 
 def quantise_channels(
@@ -27,8 +33,7 @@ def quantise_channels(
 
     Args:
         y: [..., T, D] float32. Values outside [low, high] get the code of the nearest end.
-        levels: [D] float32, 2^bits of each channel; 1 stores the mean alone. With 4 the outer 15% of the range are
-            outside.
+        levels: [D] float32, 2^bits of each channel; 1 stores the mean alone.
         low, high: [..., D] float32, range of each channel, tokens that do not count left out.
         mean: [..., D] float32. The middle of the range instead would move all logits of the segment against others.
 
@@ -36,7 +41,9 @@ def quantise_channels(
         codes [..., T, D] uint8, scales and offsets [..., D] float16. A channel whose range is below float16's
         smallest step has scale 0 and its middle as offset. Ranges beyond float16 give infinite scales or offsets.
     """
-    cover = torch.where(levels == 4, K_COVER_2_BITS, 1.0)
+    cover = torch.ones_like(levels)
+    for bits, share in K_COVERS.items():
+        cover = torch.where(levels == 2**bits, share, cover)
     # A difference of two finite floats may overflow, the difference of their halves does not.
     scales = ((high * 0.5 - low * 0.5) * cover / (levels - 1).clamp_min(1) * 2).half()
     scales = torch.where(levels > 1, scales, 0)
@@ -47,38 +54,43 @@ def quantise_channels(
     return codes, scales, offsets
 
 
-def quantise_tokens(y: torch.Tensor, levels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """One scale and offset per token and block of 32 channels, |(code + offset * unit) * scale - y| <= scale / 2.
+def quantise_tokens(y: torch.Tensor, bits: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+    """One scale per token, |(code - (2^bits - 1) / 2) * V_STEPS[bits] * scale - y| small on average.
 
     Values: attention sinks have values far smaller than their neighbours' and most of the attention mass, so a scale
-    shared between tokens multiplies into the output. Scales are rounded up to 3 bits of mantissa.
+    shared between tokens multiplies into the output. Of three scales the one with the least squared error, in steps of
+    each channel, is taken; with 3 bits and more the largest of them reaches every value.
 
     Args:
         y: [..., T, D] float32, the coded channels alone.
-        levels: [D] float32, 2^bits >= 4 of each channel, equal within a block. With 4 the outer 20% of the range get
-            the code of the nearest end.
+        bits: of each group of 16 channels, at least 1.
 
     Returns:
-        codes [..., T, D] uint8, scales [..., T, blocks] uint8 (`byte << 7` are the bits of a float16) and offsets
-        [..., T, blocks] int8 in units of levels / 64 scales. Values below 2^-15 may get scale 0; ranges beyond float16
-        and values that are not finite get an infinite scale, byte 248.
+        codes [..., T, D] uint8 and scales [..., T] uint8 (`byte << 7` are the bits of a float16). Values below 2^-15
+        may get scale 0; those whose third is beyond float16, or not finite, give an infinite scale, byte 248.
     """
-    codes, scales, offsets = [], [], []
-    for block, n in zip(y.split(V_BLOCK, -1), levels.split(V_BLOCK), strict=True):
-        low, high = block.amin(-1, keepdim=True), block.amax(-1, keepdim=True)
-        n = n[:1]
-        outside = torch.where(n == 4, (1 - V_COVER_2_BITS) / 2, 0.0)
-        # Halved first: a difference of two finite floats may overflow.
-        low, high = (low + (high * 0.5 - low * 0.5) * (2 * outside), high - (high * 0.5 - low * 0.5) * (2 * outside))
-        unit = n / OFFSET_STEPS
-        # Large enough for the range, one unit of rounding included, and for the offset to fit into its byte.
-        needed = torch.maximum((high * 0.5 - low * 0.5) / (n - 1 - unit) * 2, low.abs() / (127 * unit))
-        scale_byte, scale = scale_bytes(needed)
-        offset = (low / divisor(scale) / unit).floor_().clamp_(-128, 127)
-        codes.append(_codes(block - offset * unit * scale, scale, n))
-        scales.append(scale_byte)
-        offsets.append(offset.char())
-    return torch.cat(codes, -1), torch.cat(scales, -1), torch.cat(offsets, -1)
+    per_channel = [b for b in bits for _ in range(GROUP)]
+    steps = constant(tuple(V_STEPS[b] for b in per_channel), torch.float32, y.device)
+    last = constant(tuple(2.0**b - 1 for b in per_channel), torch.float32, y.device)
+    largest = y.abs().amax(-1, keepdim=True)
+    anchor = nearest_scale_byte(largest / 3)
+    best = codes = scales = None
+    for more in _V_TRIED:
+        byte = torch.where(anchor < INFINITE_SCALE, (anchor + more).clamp(0, INFINITE_SCALE - 1), anchor)
+        scale = scale_of(byte)
+        above = y / (steps * divisor(scale)) + last * 0.5
+        code = torch.minimum(above.round().clamp_min_(0), last)
+        # Integers, so that the order of summation does not matter: at most 4 steps per value.
+        error = above.sub_(code).mul_(_ERROR_UNITS).round_().nan_to_num_(0, 0, 0).int().square_().sum(-1, keepdim=True)
+        error = error * scale.double().square()
+        if best is None:
+            best, codes, scales = error, code, byte
+        else:
+            better = error < best
+            best, codes, scales = (
+                torch.where(better, new, old) for new, old in ((error, best), (code, codes), (byte, scales))
+            )
+    return codes.byte(), scales.squeeze(-1).byte()
 
 
 def scale_bytes(needed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -86,7 +98,18 @@ def scale_bytes(needed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     byte = needed.half().view(torch.int16) + 127 >> 7
     # The bits of a NaN are arbitrary; an infinite scale decodes to infinity or NaN for every code.
     byte = torch.where(needed.isfinite(), byte, INFINITE_SCALE)
-    return byte.byte(), (byte << 7).view(torch.float16).float()
+    return byte.byte(), scale_of(byte)
+
+
+def nearest_scale_byte(scale: torch.Tensor) -> torch.Tensor:
+    """Positive float32 rounded to the nearest with 3 bits of mantissa, int16."""
+    byte = scale.half().view(torch.int16) + 64 >> 7
+    return torch.where(scale.isfinite(), byte, INFINITE_SCALE)
+
+
+def scale_of(byte: torch.Tensor) -> torch.Tensor:
+    """Integer scale bytes -> float32."""
+    return (byte.short() << 7).view(torch.float16).float()
 
 
 def divisor(scales: torch.Tensor) -> torch.Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from mosaic_kernels.constants import constant
-from mosaic_kernels.segment import BASE_BITS, GROUP, V_BLOCK, Plane, SegmentFormat, TensorPlanes
+from mosaic_kernels.segment import BASE_BITS, GROUP, Plane, SegmentFormat, TensorPlanes
 from mosaic_kernels.segment_encode.exact import MAX_CHANNELS, exact_mean, magnitude, rotate
 from mosaic_kernels.segment_encode.outliers import ranges_without
 from mosaic_kernels.segment_encode.quantise import (
@@ -80,9 +80,8 @@ def pack(k_rot: torch.Tensor, v_rot: torch.Tensor, fmt: SegmentFormat, data: tor
     _put_planes(data, fmt.k, codes)
     coded = fmt.v.coded
     if coded:
-        codes, scales, offsets = quantise_tokens(v_rot[..., :coded], _levels(fmt.v, v_rot.device)[:coded])
+        codes, scales = quantise_tokens(v_rot[..., :coded], fmt.v.bits[: coded // GROUP])
         _put(data, fmt.v.scales, scales)
-        _put(data, fmt.v.offsets, offsets)
         _put_planes(data, fmt.v, codes)
     _put_mean(data, fmt, v_rot)
     if fmt.exceptions:
@@ -93,13 +92,10 @@ def pack(k_rot: torch.Tensor, v_rot: torch.Tensor, fmt: SegmentFormat, data: tor
 
 
 def _put_mean(data: torch.Tensor, fmt: SegmentFormat, v_rot: torch.Tensor) -> None:
-    codes, scales = [], []
-    for block in exact_mean(v_rot).split(V_BLOCK, -1):
-        byte, scale = scale_bytes(block.abs().amax(-1, keepdim=True) / 127)
-        codes.append((block / divisor(scale)).round().clamp(-127, 127).char())
-        scales.append(byte)
-    _put(data, fmt.mean_v, torch.cat(codes, -1))
-    _put(data, fmt.mean_scales, torch.cat(scales, -1))
+    mean = exact_mean(v_rot)
+    byte, scale = scale_bytes(mean.abs().amax(-1, keepdim=True) / 127)
+    _put(data, fmt.mean_v, (mean / divisor(scale)).round().clamp(-127, 127).char())
+    _put(data, fmt.mean_scale, byte)
 
 
 def _levels(part: TensorPlanes, device: torch.device) -> torch.Tensor:
@@ -135,12 +131,11 @@ def _check_range(data: torch.Tensor, fmt: SegmentFormat) -> None:
     def finite(start: int, stop: int) -> torch.Tensor:
         return data[:, start:stop].flatten().clone().view(torch.float16).isfinite().all()
 
-    scales = data[:, fmt.v.scales : fmt.v.offsets]
-    means = data[:, fmt.mean_scales : fmt.mean_scales + -(-fmt.v_dim // V_BLOCK)]
+    scales = data[:, fmt.v.scales : fmt.v.scales + (fmt.page_size if fmt.v.coded else 0)]
     fits = {
         "k": finite(fmt.k.scales, fmt.k.offsets + 2 * fmt.k_dim) & finite(fmt.exception_k, fmt.exception_v),
         "v": (scales < INFINITE_SCALE).all()
-        & (means < INFINITE_SCALE).all()
+        & (data[:, fmt.mean_scale] < INFINITE_SCALE).all()
         & finite(fmt.exception_v, fmt.exception_v + 2 * fmt.exceptions * fmt.v_dim),
     }
     for name, fit in fits.items():

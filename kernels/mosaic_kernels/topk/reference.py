@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
+from mosaic_kernels.constants import constant
 from mosaic_kernels.topk.segment import TopKFormat
 
 
@@ -43,12 +46,19 @@ def decode(data: torch.Tensor, fmt: TopKFormat) -> tuple[torch.Tensor, torch.Ten
     return results[0], results[1]
 
 
-def dropped_energy(x: torch.Tensor, keep: int) -> torch.Tensor:
-    """Sum of squares of what `pack` drops and of what int8 rounds away at most: [N, T, D] -> [N] float64."""
+def dropped_energy(x: torch.Tensor, keep: int, weights: Sequence[float]) -> torch.Tensor:
+    """Weighted sum of squares of what `pack` drops and of what int8 rounds away at most: [N, T, D] -> [N] float64.
+
+    Args:
+        weights: of the D channels, what a squared error counts.
+    """
+    scaled = constant(tuple(weights), torch.float64, x.device)
+    largest = _largest(x, keep)
     squares = x.double().square()
-    kept = squares.gather(-1, _largest(x, keep))
-    rounding = keep * kept.amax(-1) / (4 * 127**2)
-    return squares.sum((1, 2)) - kept.sum((1, 2)) + rounding.sum(1)
+    steps = squares.gather(-1, largest).amax(-1) / (4 * 127**2)
+    squares = squares * scaled
+    rounding = steps * scaled.expand_as(squares).gather(-1, largest).sum(-1)
+    return squares.sum((1, 2)) - squares.gather(-1, largest).sum((1, 2)) + rounding.sum(1)
 
 
 def _largest(x: torch.Tensor, keep: int) -> torch.Tensor:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from mosaic_kernels.segment import GROUP, V_BLOCK, WIDTHS, SegmentFormat
+from mosaic_kernels.segment import GROUP, WIDTHS, SegmentFormat
 from mosaic_kernels.segment_encode.choice import K_SHARES, V_SHARES
 
 
@@ -22,7 +22,7 @@ class Step(NamedTuple):
     cost: float
     """Expected weighted squared error after it."""
     widths: tuple[int, ...]
-    """Bits of K's groups, then of V's blocks."""
+    """Bits of K's groups, then of V's."""
 
 
 class Allocator:
@@ -34,19 +34,17 @@ class Allocator:
 
     def __init__(self, page_size: int, k_dim: int, v_dim: int) -> None:
         self._shape = {"page_size": page_size, "k_dim": k_dim, "v_dim": v_dim}
-        self._k_groups, self._v_groups = k_dim // GROUP, v_dim // GROUP
-        blocks = -(-v_dim // V_BLOCK)
-        self._shares = [K_SHARES] * self._k_groups + [V_SHARES] * blocks
-        # What one more bit costs, and the scales of a group that gets its first.
-        self._bit_bytes = [page_size * GROUP // 8] * self._k_groups
-        self._bit_bytes += [page_size * min(V_BLOCK, v_dim - b * V_BLOCK) // 8 for b in range(blocks)]
-        self._scale_bytes = [2 * GROUP] * self._k_groups + [2 * page_size] * blocks
+        self._k_groups = k_dim // GROUP
+        self._shares = [K_SHARES] * self._k_groups + [V_SHARES] * (v_dim // GROUP)
+        self._bit_bytes = page_size * GROUP // 8
+        # Scales: of K those of a group that gets its first bit, of V those that the first group of all brings.
+        self._scale_bytes = [2 * GROUP] * self._k_groups + [page_size] + [0] * (v_dim // GROUP - 1)
 
     def path(self, energies: list[float], budget: int, exceptions: int = 0) -> list[Step]:
         """Steps from nothing coded to a full budget.
 
         Args:
-            energies: weighted squared ranges of K's groups, then of V's blocks (choice.energies).
+            energies: weighted, of K's groups, then of V's (choice.energies).
             budget: bytes of a segment.
             exceptions: tokens kept uncompressed.
         """
@@ -60,7 +58,7 @@ class Allocator:
                 wider = self._wider(widths, i)
                 if wider is None:
                     continue
-                extra = (wider - width) * self._bit_bytes[i] + (0 if width else self._scale_bytes[i])
+                extra = (wider - width) * self._bit_bytes + (0 if width else self._scale_bytes[i])
                 gain = energies[i] * (self._shares[i][width] - self._shares[i][wider])
                 if nbytes + extra <= budget and (best is None or gain / extra > best[0]):
                     best = (gain / extra, i, wider, extra, gain)
@@ -73,8 +71,8 @@ class Allocator:
 
     def format(self, widths: tuple[int, ...], exceptions: int = 0) -> SegmentFormat:
         """The format of an allocation."""
-        v_bits = tuple(bits for bits in widths[self._k_groups :] for _ in range(2))[: self._v_groups]
-        return SegmentFormat(**self._shape, k_bits=widths[: self._k_groups], v_bits=v_bits, exceptions=exceptions)
+        k_bits, v_bits = widths[: self._k_groups], widths[self._k_groups :]
+        return SegmentFormat(**self._shape, k_bits=k_bits, v_bits=v_bits, exceptions=exceptions)
 
     def _wider(self, widths: list[int], i: int) -> int | None:
         """The next width of a group; none beyond the group before it, whose channels have more energy."""

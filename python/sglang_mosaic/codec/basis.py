@@ -1,13 +1,15 @@
 """Calibrated bases: directions sorted by how much they matter to attention.
 
-Keys: `k~ = k P`, `q~ = q P^-T` with P = C^(1/2) R, C the second moment of the queries, R the principal directions of
-the keys whitened by C^(1/2). Then q~ . k~ = q . k exactly; q~ has the same variance in every channel, so that an error
-of k~ counts the same in every channel; and the channels come out sorted by energy. Values: principal directions,
-orthogonal.
+Keys: `k~ = k P`, `q~ = q P^-T` with P = S R, S the rms of every channel of the queries, R the principal directions of
+the keys scaled by S. Then q~ . k~ = q . k exactly; an error of k~ counts about the same in every channel; and the
+channels come out sorted by energy.
 
-C is shrunk towards its diagonal. RoPE turns queries with their position: the pairs of channels that turn slowly point
-somewhere else at position 3,000 than at the 1,500 that were seen, and a basis that trusts their correlations puts
-errors where later queries look: on SmolLM2-135M 4 to 17% more of it (docs/codec.md).
+S is diagonal although the queries' channels are correlated. RoPE turns queries with their position: the pairs of
+channels that turn slowly point somewhere else at position 3,000 than at the 1,500 that were seen, and a basis that
+trusts their correlations puts errors where later queries look (docs/codec.md has the figures).
+
+Values: principal directions, each divided by its rms. The channels of a token, which share a scale, then need the same
+one; what an error of a channel does to the output is in its weight instead (`v_weights`).
 """
 
 from __future__ import annotations
@@ -16,18 +18,18 @@ from typing import NamedTuple
 
 import torch
 
-# Share of the queries' mean variance added to every direction: an unseen direction still gets some weight, and the
+# Share of the queries' mean energy added to every channel: one that was not seen still gets some weight, and the
 # condition number of P stays below sqrt(dim / RIDGE).
 RIDGE = 1e-3
-# Share of the diagonal in the queries' second moment.
-DIAGONAL = 0.8
+# Least rms that a direction of values is taken to have, as a share of the largest.
+LEAST_V = 0.05
 
 
 class LayerBasis(NamedTuple):
     """Bases of one layer, float32, per KV head. Row vectors: `k @ k_basis`.
 
-    Both are scaled so that the strongest stored channel has an rms of 1 on the sample: float16 scales and offsets
-    then have headroom of 2^16 above and 2^-14 below.
+    Scaled so that the strongest stored channel of K has an rms of 1 on the sample, and nearly every one of V: float16
+    scales and offsets then have headroom of 2^16 above and 2^-14 below.
     """
 
     k_basis: torch.Tensor
@@ -35,20 +37,25 @@ class LayerBasis(NamedTuple):
     q_basis: torch.Tensor
     """[H, Dk, Dk]: queries -> queries of stored keys; (q @ q_basis) . (k @ k_basis) = q . k."""
     v_basis: torch.Tensor
-    """[H, Dv, Dv]: values -> stored values; orthogonal up to its scale."""
+    """[H, Dv, Dv]: values -> stored values; orthogonal columns."""
 
     @property
     def v_unrotate(self) -> torch.Tensor:
         """[H, Dv, Dv]: attention output over stored values -> attention output."""
-        return self.v_basis.transpose(1, 2) / self.v_basis[:, :, :1].square().sum(1, keepdim=True)
+        return (self.v_basis * self.v_weights[:, None]).transpose(1, 2)
+
+    @property
+    def v_weights(self) -> torch.Tensor:
+        """[H, Dv]: squared error of a value per squared error of a stored channel."""
+        return 1 / self.v_basis.square().sum(1)
 
 
-def calibrate(query_moment: torch.Tensor | None, k_sample: torch.Tensor, v_sample: torch.Tensor) -> LayerBasis:
+def calibrate(query_energy: torch.Tensor | None, k_sample: torch.Tensor, v_sample: torch.Tensor) -> LayerBasis:
     """Bases of one layer. Pure; computed in float64 on the CPU, results on the device of `k_sample`.
 
     Args:
-        query_moment: [H, Dk, Dk] float, mean of q qᵀ over queries and the GQA group; None counts all directions
-            alike.
+        query_energy: [H, Dk] float, mean square of the queries' channels, over the GQA group too; None counts all
+            channels alike.
         k_sample: [N, H, Dk] float, post-RoPE keys, N >= 1. Fewer than Dk are enough for a valid basis: the
             directions that the sample does not span come last.
         v_sample: [N, H, Dv] float.
@@ -62,21 +69,24 @@ def calibrate(query_moment: torch.Tensor | None, k_sample: torch.Tensor, v_sampl
             f"{tuple(k_sample.shape)} and {tuple(v_sample.shape)}"
         )
     _, heads, dim = k_sample.shape
-    if query_moment is not None and query_moment.shape != (heads, dim, dim):
-        raise ValueError(f"query_moment must be {(heads, dim, dim)}, got {tuple(query_moment.shape)}")
+    if query_energy is not None and query_energy.shape != (heads, dim):
+        raise ValueError(f"query_energy must be {(heads, dim)}, got {tuple(query_energy.shape)}")
     device = k_sample.device
     keys, values = _heads_first(k_sample, "k_sample"), _heads_first(v_sample, "v_sample")
-    identity = torch.eye(dim, dtype=torch.float64)
-    if query_moment is None:
-        root = identity.expand(heads, dim, dim)
+    if query_energy is None:
+        rms = torch.ones(heads, dim, dtype=torch.float64)
     else:
-        root = _square_root(_finite(query_moment, "query_moment"), identity)
-
-    k_basis = root @ _principal_directions(keys @ root)
+        rms = _rms(_finite(query_energy, "query_energy"))
+    scaled = keys * rms[:, None]
+    # Variance about the mean: every segment stores offsets of its own, so that a constant part of K costs no bits.
+    k_basis = rms[..., None] * _principal_directions(scaled - scaled.mean(1, keepdim=True))
     k_basis = _normalised(keys, k_basis).float()
     # Inverse of the rounded basis: what float32 loses is then not lost twice.
     q_basis = torch.linalg.inv(k_basis.double()).transpose(1, 2)
-    v_basis = _normalised(values, _principal_directions(values)).float()
+    v_basis = _principal_directions(values)
+    rms = (values @ v_basis).square().mean(1, keepdim=True).sqrt()
+    rms = torch.maximum(rms, rms.amax(2, keepdim=True) * LEAST_V)
+    v_basis = v_basis / torch.where(rms > 0, rms, 1.0)
     return LayerBasis(*(b.float().contiguous().to(device) for b in (k_basis, q_basis, v_basis)))
 
 
@@ -91,23 +101,16 @@ def _heads_first(sample: torch.Tensor, name: str) -> torch.Tensor:
     return _finite(sample, name).transpose(0, 1).contiguous()
 
 
-def _square_root(moment: torch.Tensor, identity: torch.Tensor) -> torch.Tensor:
-    """Symmetric square root of [H, D, D], regularised."""
-    mean = moment.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
-    # Queries that were all zero say nothing about directions.
-    moment = moment / torch.where(mean > 0, mean, 1.0)
-    moment = (1 - DIAGONAL) * moment + DIAGONAL * moment * identity + RIDGE * identity
-    energy, directions = torch.linalg.eigh((moment + moment.transpose(1, 2)) / 2)
-    return (directions * energy.clamp_min(RIDGE).sqrt()[:, None]) @ directions.transpose(1, 2)
+def _rms(energy: torch.Tensor) -> torch.Tensor:
+    """Square root of [H, D], regularised."""
+    mean = energy.mean(1, keepdim=True)
+    # Queries that were all zero say nothing about channels.
+    return (energy / torch.where(mean > 0, mean, 1.0) + RIDGE).sqrt()
 
 
 def _principal_directions(rows: torch.Tensor) -> torch.Tensor:
-    """Orthogonal [H, D, D] for rows [H, N, D]: columns by falling variance, signs fixed.
-
-    Variance about the mean: every segment stores its own offsets, so a constant part costs no bits.
-    """
-    centred = rows - rows.mean(1, keepdim=True)
-    _, directions = torch.linalg.eigh(centred.transpose(1, 2) @ centred)
+    """Orthogonal [H, D, D] for rows [H, N, D]: columns by falling energy, signs fixed."""
+    _, directions = torch.linalg.eigh(rows.transpose(1, 2) @ rows)
     directions = directions.flip(-1)
     # An eigenvector's sign is arbitrary; its largest component is made positive.
     largest = directions.abs().argmax(1, keepdim=True)

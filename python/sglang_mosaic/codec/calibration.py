@@ -26,15 +26,15 @@ FORMATS = 5
 """Most formats of a head for ordinary pages."""
 SINK_FORMATS = 2
 """Most further formats for the first pages of sequences."""
-SMALLEST, LARGEST = 0.75, 1.3
+SMALLEST, LARGEST = 0.9, 1.15
 """Bounds of a head's bytes, as shares of the mean: expected errors are extrapolated from small ones."""
 
 
 class LayerStatistics(NamedTuple):
     """What is known about one layer."""
 
-    query_moment: torch.Tensor | None
-    """[H, Dk, Dk] float: mean of q qᵀ over queries and the GQA group."""
+    query_energy: torch.Tensor | None
+    """[H, Dk] float: mean square of the channels of queries, over the GQA group too."""
     queries: torch.Tensor | None
     """[T, Hq, Dk] float: some real queries."""
     sample: LayerSample
@@ -58,12 +58,17 @@ class _Measured(NamedTuple):
     sinks: _Pages
     """Starts of sequences."""
 
+    def v_weights(self, head: int) -> tuple[float, ...]:
+        """What a squared error of each stored channel of V counts."""
+        weights = self.basis.v_weights[head].double().cpu() * self.sensitivity.v_weight[head].cpu()
+        return tuple(weights.tolist())
+
 
 def make_plan(statistics: Sequence[LayerStatistics], frame_bytes: int, scale: float) -> list[LayerPlan]:
     """Bases, sizes and formats of every layer and head.
 
-    Bytes go where they save most expected error: first over all heads of all layers, then within a head over K's groups
-    and V's blocks, and again for every segment by choosing among the formats of its head.
+    Bytes go where they save most expected error: first over all heads of all layers, then within a head over K's and
+    V's groups, and again for every segment by choosing among the formats of its head.
 
     Args:
         statistics: of every layer.
@@ -115,7 +120,7 @@ def share_out(paths: Sequence[Sequence[Step]], total: int) -> list[int]:
 
 def _measure(layer: LayerStatistics, scale: float) -> _Measured:
     keys, values, sinks = layer.sample
-    basis = calibrate(layer.query_moment, keys.flatten(0, 1), values.flatten(0, 1))
+    basis = calibrate(layer.query_energy, keys.flatten(0, 1), values.flatten(0, 1))
     k_rot, v_rot = (
         torch.einsum("pthd,hde->hpte", x.float(), b) for x, b in ((keys, basis.k_basis), (values, basis.v_basis))
     )
@@ -125,7 +130,7 @@ def _measure(layer: LayerStatistics, scale: float) -> _Measured:
     else:
         queries = layer.queries
     q_rot = by_kv_head(queries, keys.shape[2]) @ basis.q_basis
-    sensitivity = measure(q_rot, k_rot, v_rot, scale, sinks)
+    sensitivity = measure(q_rot, k_rot, v_rot, basis.v_weights, scale, sinks)
     first = sinks if sinks < len(keys) else 0
     return _Measured(
         basis,
@@ -137,9 +142,9 @@ def _measure(layer: LayerStatistics, scale: float) -> _Measured:
 
 
 def _energies(pages: _Pages, layer: _Measured, head: int, exceptions: int = 0) -> torch.Tensor:
-    """[P, K's groups + V's blocks] float64, weighted."""
-    k, v = energies(pages.k[head], pages.v[head], exceptions)
-    return torch.cat((k * layer.sensitivity.k_weight[head], v * layer.sensitivity.v_weight[head]), 1)
+    """[P, K's groups + V's groups] float64, weighted."""
+    k, v = energies(pages.k[head], pages.v[head], exceptions, layer.v_weights(head))
+    return torch.cat((k * layer.sensitivity.k_weight[head], v), 1)
 
 
 def _head(layer: _Measured, head: int, allocator: Allocator, segment_bytes: int, scale: float) -> HeadPlan:
@@ -149,7 +154,7 @@ def _head(layer: _Measured, head: int, allocator: Allocator, segment_bytes: int,
         if not pages.k.shape[1]:
             continue
         candidates = _candidates(pages, layer, head, allocator, segment_bytes)
-        chosen = best_formats(costs(pages.k[head], pages.v[head], candidates, *weights), most)
+        chosen = best_formats(costs(pages.k[head], pages.v[head], candidates, weights[0], layer.v_weights(head)), most)
         formats.update({candidates[i]: None for i in chosen})
     _, _, page_size, k_dim = layer.rows.k.shape
     sparse = TopKFormat.fitting(segment_bytes, k_dim, layer.rows.v.shape[-1], page_size)
@@ -166,7 +171,9 @@ def _selection(layer: _Measured, head: int, fmt: SegmentFormat, scale: float) ->
     scanned = decode_keys(data, fmt, refined=False)
     # A few dozen queries are enough for a share.
     queries = layer.queries[head][:: max(len(layer.queries[head]) // 64, 1)]
-    return profile(queries, k.flatten(0, 1), scanned.flatten(0, 1), v.flatten(0, 1), scale, k.shape[1])
+    # Scaled so that lengths are those of values.
+    values = v.flatten(0, 1) * layer.basis.v_weights[head].sqrt()
+    return profile(queries, k.flatten(0, 1), scanned.flatten(0, 1), values, scale, k.shape[1])
 
 
 def _candidates(

@@ -23,7 +23,7 @@ class HeadPlan(NamedTuple):
     k_weight: float
     """Relative squared error of the attention output per unit of summed squared error of a segment's rotated K."""
     v_weight: float
-    """The same of V."""
+    """The same of V, before its channels are scaled (basis.py)."""
     selection: SelectionProfile
     """How its tokens are selected."""
 

@@ -40,6 +40,14 @@ class PlanesEpoch(Epoch):
         self._spans = _spans([layer.nbytes for layer in layers])
         self._segments = [_spans([head.segment_bytes for head in layer.heads]) for layer in layers]
         """Of every layer, where each head's segment lies among its bytes."""
+        self._v_weights = [
+            [
+                tuple((head.v_weight * weights).tolist())
+                for head, weights in zip(layer.heads, layer.basis.v_weights.double().cpu(), strict=True)
+            ]
+            for layer in layers
+        ]
+        """Of every layer and head, what a squared error of each stored channel of V counts."""
 
     @property
     def hash(self) -> str:
@@ -63,13 +71,13 @@ class PlanesEpoch(Epoch):
         check_pages(k, v, self.page_size, heads, basis.k_basis.shape[1], basis.v_basis.shape[1])
         k_rot, v_rot = rotate_pages(k, basis.k_basis), rotate_pages(v, basis.v_basis)
         choices = [
-            strategies.costs(head.formats, k_rot[h], v_rot[h], head.k_weight, head.v_weight).argmin(1)
+            strategies.costs(head.formats, k_rot[h], v_rot[h], head.k_weight, self._v_weights[layer][h]).argmin(1)
             for h, head in enumerate(plan.heads)
         ]
         data = torch.zeros(len(k), plan.nbytes, dtype=torch.uint8, device=k.device)
         errors = torch.zeros(heads, len(k), device=k.device)
         for h, i, rows in _by_format(torch.stack(choices, 1), plan):
-            segments, error = _encode(k_rot[h][rows], v_rot[h][rows], plan.heads[h], i)
+            segments, error = _encode(k_rot[h][rows], v_rot[h][rows], plan.heads[h], i, self._v_weights[layer][h])
             data[rows, self._segments[layer][h]], errors[h, rows] = segments, error
         return data, errors.T
 
@@ -199,7 +207,7 @@ class PlanesCodec(Codec):
         for sample in samples:
             check_pages(sample.keys, sample.values, self.page_size, heads, k_dim, v_dim)
         statistics = [
-            LayerStatistics(self._queries.moment(layer), self._queries.sample(layer), sample)
+            LayerStatistics(self._queries.energy(layer), self._queries.sample(layer), sample)
             for layer, sample in enumerate(samples)
         ]
         self._queries.renew()
@@ -212,16 +220,16 @@ def _spans(sizes: Iterable[int]) -> list[slice]:
     return [slice(start, stop) for start, stop in itertools.pairwise(ends)]
 
 
-def _encode(k_rot: torch.Tensor, v_rot: torch.Tensor, head: HeadPlan, number: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _encode(
+    k_rot: torch.Tensor, v_rot: torch.Tensor, head: HeadPlan, number: int, v_weights: tuple[float, ...]
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Segments [P, T, D] float32 in format `number` of a head: uint8 [P, segment_bytes], float32 [P] errors."""
     fmt = head.formats[number]
     segments = torch.zeros(len(k_rot), head.segment_bytes, dtype=torch.uint8, device=k_rot.device)
     strategies.pack(fmt, k_rot, v_rot, segments)
     k_coded, v_coded = strategies.decode(fmt, segments)
-    squared = sum(
-        (exact - coded).double().square().sum((1, 2)) * weight
-        for exact, coded, weight in ((k_rot, k_coded, head.k_weight), (v_rot, v_coded, head.v_weight))
-    )
+    v_squares = (v_rot - v_coded).double().square() * constant(v_weights, torch.float64, v_rot.device)
+    squared = (k_rot - k_coded).double().square().sum((1, 2)) * head.k_weight + v_squares.sum((1, 2))
     # Rounded, so that the order of summation does not show in the bytes.
     error = squared.sqrt().bfloat16().float()
     segments[:, _FORMAT] = number

@@ -20,12 +20,15 @@ class Sensitivity(NamedTuple):
     v_weight: torch.Tensor
 
 
-def measure(queries: torch.Tensor, k_rot: torch.Tensor, v_rot: torch.Tensor, scale: float, sinks: int) -> Sensitivity:
+def measure(
+    queries: torch.Tensor, k_rot: torch.Tensor, v_rot: torch.Tensor, v_weights: torch.Tensor, scale: float, sinks: int
+) -> Sensitivity:
     """Quantise K, then V, and look at the attention output.
 
     Args:
         queries: [H, Q, Dk] float32, rotated.
         k_rot: [H, P, T, Dk] float32; v_rot: [H, P, T, Dv] float32, rotated.
+        v_weights: [H, Dv] float32: squared error of a value per squared error of its stored channels.
         scale: factor of the logits.
         sinks: the first pages stay exact, unless there are no others.
     """
@@ -43,6 +46,8 @@ def measure(queries: torch.Tensor, k_rot: torch.Tensor, v_rot: torch.Tensor, sca
     first = sinks if sinks < pages else 0
     for coded, exact in ((k_coded, k_rot), (v_coded, v_rot)):
         coded[:, :first] = exact[:, :first]
+    # Scaled so that lengths are those of values.
+    v_rot, v_coded = (x * v_weights[:, None, None].sqrt() for x in (v_rot, v_coded))
 
     def attend(k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         return torch.softmax(queries @ k.flatten(1, 2).transpose(1, 2) * scale, -1) @ v.flatten(1, 2)

@@ -13,7 +13,7 @@ TOKENS_A_CALL = 32
 
 
 class QueryStatistics:
-    """Sums of q qᵀ per layer and KV head, averaged over the query heads that share it, and a few real queries.
+    """Mean squares of the channels of queries, per layer and KV head, and a few real queries.
 
     Args:
         layers: number of layers.
@@ -24,7 +24,7 @@ class QueryStatistics:
     """
 
     def __init__(self, layers: int, heads: int, dim: int, token_budget: int, device: torch.device | str = "cpu"):
-        self._shape = (heads, dim, dim)
+        self._shape = (heads, dim)
         self._budget = token_budget
         self._device = torch.device(device)
         self._left = [token_budget] * layers
@@ -38,14 +38,13 @@ class QueryStatistics:
     def observe(self, layer: int, q: torch.Tensor) -> None:
         """Add queries [T, Hq, Dk] of any float dtype, Hq a multiple of Hkv, as far as the budget goes."""
         q = q[: self._left[layer]]
-        tokens, q_heads, dim = q.shape
+        tokens, q_heads, _ = q.shape
         if not tokens:
             return
-        rows = by_kv_head(q, self._shape[0])
-        moment = torch.bmm(rows.transpose(1, 2), rows) / (q_heads // self._shape[0])
+        squares = by_kv_head(q, self._shape[0]).double().square().sum(1) / (q_heads // self._shape[0])
         if self._sums[layer] is None:
             self._sums[layer] = torch.zeros(self._shape, dtype=torch.float64, device=self._device)
-        self._sums[layer] += moment
+        self._sums[layer] += squares
         self._seen[layer] += tokens
         self._left[layer] -= tokens
         stride = -(-tokens // TOKENS_A_CALL)
@@ -72,8 +71,8 @@ class QueryStatistics:
         """The budget of a layer is used up until the next epoch."""
         return not self._left[layer]
 
-    def moment(self, layer: int) -> torch.Tensor | None:
-        """Mean q qᵀ of a layer, float64 [Hkv, Dk, Dk], or None if it saw no query."""
+    def energy(self, layer: int) -> torch.Tensor | None:
+        """Mean squares of a layer, over the GQA group too, float64 [Hkv, Dk]; None if it saw no query."""
         total = self._sums[layer]
         return None if total is None else total / self._seen[layer]
 

@@ -39,15 +39,19 @@ def mean_values(fmt: Format, data: torch.Tensor) -> torch.Tensor:
 
 
 def costs(
-    formats: Sequence[Format], k_rot: torch.Tensor, v_rot: torch.Tensor, k_weight: float, v_weight: float
+    formats: Sequence[Format], k_rot: torch.Tensor, v_rot: torch.Tensor, k_weight: float, v_weights: Sequence[float]
 ) -> torch.Tensor:
-    """Expected weighted squared error of every segment in every format, [N, formats] float64."""
+    """Expected weighted squared error of every segment in every format, [N, formats] float64.
+
+    Args:
+        k_weight, v_weights: what a squared error counts: of K, and of each of the Dv channels of V.
+    """
     result = torch.empty(len(k_rot), len(formats), dtype=torch.float64, device=k_rot.device)
     planes = [i for i, fmt in enumerate(formats) if isinstance(fmt, SegmentFormat)]
     if planes:
-        result[:, planes] = choice.costs(k_rot, v_rot, [formats[i] for i in planes], k_weight, v_weight)
+        result[:, planes] = choice.costs(k_rot, v_rot, [formats[i] for i in planes], k_weight, v_weights)
     for i in set(range(len(formats))) - set(planes):
         fmt = formats[i]
-        k, v = topk.dropped_energy(k_rot, fmt.k_keep), topk.dropped_energy(v_rot, fmt.v_keep)
-        result[:, i] = k * k_weight + v * v_weight
+        k = topk.dropped_energy(k_rot, fmt.k_keep, (k_weight,) * fmt.k_dim)
+        result[:, i] = k + topk.dropped_energy(v_rot, fmt.v_keep, v_weights)
     return result

@@ -49,9 +49,9 @@ class ChannelDropCodec(PlainCodec):
         if not self._kept:  # later epochs would give the bytes another meaning
             for layer, sample in enumerate(samples):
                 k, v = (x.float().square().mean((0, 1)) for x in (sample.keys, sample.values))
-                moment = self._queries.moment(layer)
-                if moment is not None:
-                    k = k * moment.diagonal(dim1=1, dim2=2).float()
+                energy = self._queries.energy(layer)
+                if energy is not None:
+                    k = k * energy.float()
                 self._kept.append(tuple(x.topk(x.shape[-1] // 2, -1).indices.sort(-1).values for x in (k, v)))
         return self
 
