@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 
+from benchmark.codec.selecting import SelectingAttention, attention
 from benchmark.quality.samples import Sample
 from sglang_mosaic.torchvision_compat import declare_missing_operators
 
@@ -59,14 +61,25 @@ class CachedModel:
         return Context(queries, [layer.keys[0] for layer in cache.layers], [layer.values[0] for layer in cache.layers])
 
     @torch.inference_mode()
-    def answer(self, keys: Sequence[torch.Tensor], values: Sequence[torch.Tensor], sample: Sample) -> torch.Tensor:
-        """Log-probabilities [scored tokens, vocabulary] of a forced answer over a cache of [H, tokens, D] a layer."""
+    def answer(
+        self,
+        keys: Sequence[torch.Tensor],
+        values: Sequence[torch.Tensor],
+        sample: Sample,
+        reader: SelectingAttention | None = None,
+    ) -> torch.Tensor:
+        """Log-probabilities [scored tokens, vocabulary] of a forced answer over a cache of [H, tokens, D] a layer.
+
+        Args:
+            reader: how it is read; None: by the model's own attention.
+        """
         from transformers import DynamicCache
 
         cache = DynamicCache()
         for layer, (k, v) in enumerate(zip(keys, values, strict=True)):
             cache.update(k[None], v[None], layer)
         ids = torch.tensor([[*sample.question, *sample.answer]])
-        hidden = self._model.model(ids, past_key_values=cache, use_cache=True).last_hidden_state[0]
+        with attention(self._model, reader) if reader else contextlib.nullcontext():
+            hidden = self._model.model(ids, past_key_values=cache, use_cache=True).last_hidden_state[0]
         at = [len(sample.question) - 1 + offset for offset in sample.scored]
         return self._model.lm_head(hidden[at]).float().log_softmax(-1)

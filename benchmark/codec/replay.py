@@ -5,6 +5,7 @@
 Contexts of the quality benchmark are prefilled once, exactly, by transformers on the CPU. Then, for every budget and
 calibration, all of their full pages but the first go through the codec, and the questions are asked over the result.
 That is what a server does with a shared prefix; it is no substitute for measuring one (benchmark/quality/run.py).
+With --selects the questions read a part of them, chosen afresh by every token (--mosaic-select of the server).
 
 Calibrated on `one`: a context of RULER's repeated sentences; `own`: the context itself; `mixed`: pages of other
 contexts of all tasks. Exit status: 0, or 2 when there is no result.
@@ -13,6 +14,7 @@ contexts of all tasks. Exit status: 0, or 2 when there is no result.
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -26,6 +28,7 @@ from tqdm import tqdm
 
 from benchmark.codec.cached_model import CachedModel, Context
 from benchmark.codec.methods import PAGE, pages
+from benchmark.codec.selecting import SelectingAttention
 from benchmark.common.errors import BenchmarkError
 from benchmark.common.options import integer, number
 from benchmark.common.report import environment, write_json
@@ -41,6 +44,15 @@ REPEATED = "niah_single_1"
 RULER_TASKS = ("niah_multikey_1", "niah_multikey_2", "niah_multivalue")
 SAMPLED_PAGES, SAMPLED_QUERIES = 64, 2048
 CALIBRATIONS = ("one", "own", "mixed")
+
+
+class Coded(NamedTuple):
+    """A context as the codec returns it, in the model's own basis; of every layer."""
+
+    keys: list[torch.Tensor]
+    values: list[torch.Tensor]
+    data: list[torch.Tensor]
+    """Bytes of the full pages but the first."""
 
 
 class Prefilled(NamedTuple):
@@ -59,6 +71,10 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--length", type=integer(1024), default=4096, help="of the prompts (default %(default)s)")
     parser.add_argument("--contexts", type=integer(1), default=1, help="to ask per task (default %(default)s)")
     parser.add_argument("--ratios", type=number(1.5), nargs="+", default=[4.5, 5.3, 6.4])
+    parser.add_argument(
+        "--selects", type=number(0), nargs="+", default=[0.0], metavar="SHARE",
+        help="of the compressed tokens that a new one reads; 0: all (default)",
+    )  # fmt: skip
     parser.add_argument("--calibrations", nargs="+", choices=CALIBRATIONS, default=list(CALIBRATIONS))
     parser.add_argument("--seed", type=integer(0), default=0, help="of the prompts (default %(default)s)")
     parser.add_argument("--data", type=Path, metavar="PATH", help="as of benchmark/quality/run.py")
@@ -101,30 +117,34 @@ def _sample(contexts: Sequence[torch.Tensor], share: int) -> torch.Tensor:
     return torch.cat([*(x[:1] for x in contexts), *others])
 
 
-def through_codec(epoch: PlanesEpoch, context: Context) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """Keys and values of all layers as the codec returns them, in the model's own basis."""
-    keys, values = [], []
+def through_codec(epoch: PlanesEpoch, context: Context) -> Coded:
+    """What is left of a context once its full pages but the first are compressed."""
+    coded = Coded([], [], [])
     for layer, (k, v) in enumerate(zip(context.keys, context.values, strict=True)):
         stop = k.shape[1] // PAGE * PAGE
         paged = [pages(x.transpose(0, 1))[1:] for x in (k, v)]
-        k_rot, v_rot = epoch.decode(layer, epoch.encode(layer, *paged)[0])
+        data, _ = epoch.encode(layer, *paged)
+        k_rot, v_rot = epoch.decode(layer, data)
         basis = epoch.layers[layer].basis
         turned = k_rot @ basis.q_basis.transpose(1, 2), v_rot @ basis.v_unrotate
-        for target, exact, coded in zip((keys, values), (k, v), turned, strict=True):
+        for target, exact, back in zip((coded.keys, coded.values), (k, v), turned, strict=True):
             target.append(exact.clone())
-            target[-1][:, PAGE:stop] = coded.transpose(0, 1).flatten(1, 2).to(exact.dtype)
-    return keys, values
+            target[-1][:, PAGE:stop] = back.transpose(0, 1).flatten(1, 2).to(exact.dtype)
+        coded.data.append(data)
+    return coded
 
 
 def replay(
-    model: CachedModel, asked: Sequence[Prefilled], epoch_of: Callable[[Context], PlanesEpoch]
+    model: CachedModel, asked: Sequence[Prefilled], epoch_of: Callable[[Context], PlanesEpoch], select: float = 0.0
 ) -> dict[str, dict[str, float]]:
     """By task: questions, those that full KV and this cache answer, mean KL to full KV in nats."""
     found: dict[str, list[tuple[bool, bool, float]]] = {}
     for one in asked:
-        keys, values = through_codec(epoch_of(one.context), one.context)
+        epoch = epoch_of(one.context)
+        keys, values, data = through_codec(epoch, one.context)
+        reader = SelectingAttention(epoch, data, select) if select else None
         for sample, full in zip(one.group.samples, one.full, strict=True):
-            ours = model.answer(keys, values, sample)
+            ours = model.answer(keys, values, sample, reader)
             target = torch.tensor([sample.answer[offset] for offset in sample.scored])
             kl = (full.exp() * (full - ours)).sum(-1).mean().item()
             right = [bool((x.argmax(-1) == target).all()) for x in (full, ours)]
@@ -141,7 +161,7 @@ def replay(
 
 
 def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """A row for every budget and calibration."""
+    """A row for every budget, calibration and selection."""
     groups = make_groups(args)
     model = CachedModel(args.model_path)
     asked, others, repeated = [], [], None
@@ -158,33 +178,43 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
                 asked.append(Prefilled(task, group, context, answers))
     scale = asked[0].context.keys[0].shape[2] ** -0.5
     rows = []
-    for ratio in args.ratios:
-        for name in args.calibrations:
-            start = time.perf_counter()
-            if name == "own":
-                tasks = replay(model, asked, lambda context, ratio=ratio: calibrate([context], ratio, scale))
-            else:
-                epoch = calibrate(others if name == "mixed" else [repeated], ratio, scale)
-                tasks = replay(model, asked, lambda context, epoch=epoch: epoch)
-            rows.append(
-                {
-                    "ratio": ratio,
-                    "calibrated_on": name,
-                    "kl": sum(task["kl"] for task in tasks.values()) / len(tasks),
-                    **{key: sum(task[key] for task in tasks.values()) for key in ("right", "full", "questions")},
-                    "seconds": round(time.perf_counter() - start, 1),
-                    "tasks": tasks,
-                }
-            )
+    for ratio, name, select in itertools.product(args.ratios, args.calibrations, args.selects):
+        start = time.perf_counter()
+        if name == "own":
+            tasks = replay(model, asked, lambda context, ratio=ratio: calibrate([context], ratio, scale), select)
+        else:
+            epoch = calibrate(others if name == "mixed" else [repeated], ratio, scale)
+            tasks = replay(model, asked, lambda context, epoch=epoch: epoch, select)
+        rows.append(
+            {
+                "ratio": ratio,
+                "calibrated_on": name,
+                "select": select,
+                "kl": sum(task["kl"] for task in tasks.values()) / len(tasks),
+                **{key: sum(task[key] for task in tasks.values()) for key in ("right", "full", "questions")},
+                "seconds": round(time.perf_counter() - start, 1),
+                "tasks": tasks,
+            }
+        )
     return rows
 
 
 def describe(rows: Sequence[dict[str, Any]]) -> str:
     """The table."""
     names = list(rows[0]["tasks"])
-    header = ["ratio", "calibrated on", "right", "full KV", "questions", "mean KL", *(f"KL {name}" for name in names)]
+    header = [
+        "ratio",
+        "calibrated on",
+        "selected",
+        "right",
+        "full KV",
+        "questions",
+        "mean KL",
+        *(f"KL {name}" for name in names),
+    ]
     lines = [
-        [row["ratio"], row["calibrated_on"], row["right"], row["full"], row["questions"], f"{row['kl']:.4f}"]
+        [row["ratio"], row["calibrated_on"], row["select"] or "all", row["right"], row["full"], row["questions"]]
+        + [f"{row['kl']:.4f}"]
         + [f"{row['tasks'][name]['kl']:.4f}" for name in names]
         for row in rows
     ]
