@@ -59,14 +59,14 @@ def quantise_tokens(y: torch.Tensor, bits: tuple[int, ...]) -> tuple[torch.Tenso
 
     Values: attention sinks have values far smaller than their neighbours' and most of the attention mass, so a scale
     shared between tokens multiplies into the output. Of three scales the one with the least squared error, in steps of
-    each channel, is taken; with 3 bits and more the largest of them reaches every value.
+    each channel, is taken; with 4 bits and more the largest of them reaches every value.
 
     Args:
         y: [..., T, D] float32, the coded channels alone.
         bits: of each group of 16 channels, at least 1.
 
     Returns:
-        codes [..., T, D] uint8 and scales [..., T] uint8 (`byte << 7` are the bits of a float16). Values below 2^-15
+        codes [..., T, D] uint8 and scales [..., T] uint8 (`byte << 7` are the bits of a float16). Values below 2^-14
         may get scale 0; those whose third is beyond float16, or not finite, give an infinite scale, byte 248.
     """
     per_channel = [b for b in bits for _ in range(GROUP)]

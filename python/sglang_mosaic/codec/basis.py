@@ -47,7 +47,8 @@ class LayerBasis(NamedTuple):
     @property
     def v_weights(self) -> torch.Tensor:
         """[H, Dv]: squared error of a value per squared error of a stored channel."""
-        return 1 / self.v_basis.square().sum(1)
+        # float64: the choice of a segment's format must not depend on how a device sums.
+        return (1 / self.v_basis.double().square().sum(1)).float()
 
 
 def calibrate(query_energy: torch.Tensor | None, k_sample: torch.Tensor, v_sample: torch.Tensor) -> LayerBasis:
