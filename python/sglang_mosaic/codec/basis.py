@@ -14,6 +14,7 @@ one; what an error of a channel does to the output is in its weight instead (`v_
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -49,6 +50,12 @@ class LayerBasis(NamedTuple):
         """[H, Dv]: squared error of a value per squared error of a stored channel."""
         # float64: the choice of a segment's format must not depend on how a device sums.
         return (1 / self.v_basis.double().square().sum(1)).float()
+
+
+def value_weights(basis: LayerBasis, per_value: Sequence[float]) -> list[tuple[float, ...]]:
+    """What a squared error of each stored channel of V counts, for every head, given what one of a value counts."""
+    rows = zip(basis.v_weights.double().cpu(), per_value, strict=True)
+    return [tuple((weights * weight).tolist()) for weights, weight in rows]
 
 
 def calibrate(query_energy: torch.Tensor | None, k_sample: torch.Tensor, v_sample: torch.Tensor) -> LayerBasis:

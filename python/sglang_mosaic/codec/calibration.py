@@ -14,7 +14,7 @@ from mosaic_kernels.segment_encode.reference import pack
 from mosaic_kernels.topk.segment import TopKFormat
 from sglang_mosaic.codec.allocation import Allocator, Step, best_formats
 from sglang_mosaic.codec.base import LayerSample
-from sglang_mosaic.codec.basis import LayerBasis, calibrate
+from sglang_mosaic.codec.basis import LayerBasis, calibrate, value_weights
 from sglang_mosaic.codec.plan import Format, HeadPlan, LayerPlan
 from sglang_mosaic.codec.selection import SelectionProfile, profile
 from sglang_mosaic.codec.sensitivity import Sensitivity, measure
@@ -57,11 +57,8 @@ class _Measured(NamedTuple):
     """Ordinary pages."""
     sinks: _Pages
     """Starts of sequences."""
-
-    def v_weights(self, head: int) -> tuple[float, ...]:
-        """What a squared error of each stored channel of V counts."""
-        weights = self.basis.v_weights[head].double().cpu() * self.sensitivity.v_weight[head].cpu()
-        return tuple(weights.tolist())
+    v_weights: list[tuple[float, ...]]
+    """Of every head, what a squared error of each stored channel of V counts."""
 
 
 def make_plan(statistics: Sequence[LayerStatistics], frame_bytes: int, scale: float) -> list[LayerPlan]:
@@ -138,12 +135,13 @@ def _measure(layer: LayerStatistics, scale: float) -> _Measured:
         q_rot,
         _Pages(k_rot[:, first:], v_rot[:, first:]),
         _Pages(k_rot[:, :first], v_rot[:, :first]),
+        value_weights(basis, sensitivity.v_weight.tolist()),
     )
 
 
 def _energies(pages: _Pages, layer: _Measured, head: int, exceptions: int = 0) -> torch.Tensor:
     """[P, K's groups + V's groups] float64, weighted."""
-    k, v = energies(pages.k[head], pages.v[head], exceptions, layer.v_weights(head))
+    k, v = energies(pages.k[head], pages.v[head], exceptions, layer.v_weights[head])
     return torch.cat((k * layer.sensitivity.k_weight[head], v), 1)
 
 
@@ -154,7 +152,7 @@ def _head(layer: _Measured, head: int, allocator: Allocator, segment_bytes: int,
         if not pages.k.shape[1]:
             continue
         candidates = _candidates(pages, layer, head, allocator, segment_bytes)
-        chosen = best_formats(costs(pages.k[head], pages.v[head], candidates, weights[0], layer.v_weights(head)), most)
+        chosen = best_formats(costs(pages.k[head], pages.v[head], candidates, weights[0], layer.v_weights[head]), most)
         formats.update({candidates[i]: None for i in chosen})
     _, _, page_size, k_dim = layer.rows.k.shape
     sparse = TopKFormat.fitting(segment_bytes, k_dim, layer.rows.v.shape[-1], page_size)

@@ -16,6 +16,7 @@ from mosaic_kernels.segment import ALIGNMENT, GROUP
 from mosaic_kernels.segment_encode.reference import rotate_pages
 from sglang_mosaic.codec import strategies
 from sglang_mosaic.codec.base import Codec, Epoch, LayerSample, check_pages
+from sglang_mosaic.codec.basis import value_weights
 from sglang_mosaic.codec.calibration import LayerStatistics, make_plan
 from sglang_mosaic.codec.plan import Format, HeadPlan, LayerPlan, plan_hash
 from sglang_mosaic.codec.statistics import QueryStatistics, by_kv_head
@@ -40,13 +41,7 @@ class PlanesEpoch(Epoch):
         self._spans = _spans([layer.nbytes for layer in layers])
         self._segments = [_spans([head.segment_bytes for head in layer.heads]) for layer in layers]
         """Of every layer, where each head's segment lies among its bytes."""
-        self._v_weights = [
-            [
-                tuple((head.v_weight * weights).tolist())
-                for head, weights in zip(layer.heads, layer.basis.v_weights.double().cpu(), strict=True)
-            ]
-            for layer in layers
-        ]
+        self._v_weights = [value_weights(layer.basis, [head.v_weight for head in layer.heads]) for layer in layers]
         """Of every layer and head, what a squared error of each stored channel of V counts."""
 
     @property
