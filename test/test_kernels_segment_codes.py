@@ -1,4 +1,4 @@
-"""Encode and decode: error bounds for every width, bytes that depend on nothing but the page, and awkward inputs."""
+"""Encode and decode: error bounds for every width, and bytes that depend on nothing but the page."""
 
 import pytest
 import torch
@@ -9,140 +9,25 @@ from mosaic_kernels.segment import BASE_BITS, HEADER, V_STEPS, WIDTHS, SegmentFo
 from mosaic_kernels.segment_decode.reference import decode, decode_keys, decode_mean_values
 from mosaic_kernels.segment_encode.choice import K_SHARES, V_SHARES
 from mosaic_kernels.segment_encode.reference import encode, pack
-
-FORMATS = {
-    "d64-4": SegmentFormat(k_dim=64, v_dim=64, k_bits=(4,) * 4, v_bits=(4,) * 4),
-    "d64-mixed": SegmentFormat(k_dim=64, v_dim=64, k_bits=(8, 4, 2, 0), v_bits=(8, 5, 2, 1)),
-    "d64-dropped": SegmentFormat(k_dim=64, v_dim=64, k_bits=(2, 1, 0, 0), v_bits=(3, 1, 0, 0)),
-    "d64-nothing": SegmentFormat(k_dim=64, v_dim=64, k_bits=(0,) * 4, v_bits=(0,) * 4),
-    "d64-exceptions": SegmentFormat(k_dim=64, v_dim=64, k_bits=(6, 4, 3, 2), v_bits=(5, 4, 3, 2), exceptions=3),
-    "d96-k-d48-v": SegmentFormat(k_dim=96, v_dim=48, k_bits=(8, 6, 5, 4, 3, 2), v_bits=(6, 6, 5)),
-    "d128-all": SegmentFormat(k_dim=128, v_dim=128, k_bits=(8, 6, 5, 4, 3, 2, 1, 0), v_bits=(8, 6, 5, 4, 3, 2, 1, 0)),
-    "d128-8": SegmentFormat(k_dim=128, v_dim=128, k_bits=(8,) * 8, v_bits=(8,) * 8),
-    "d256-3": SegmentFormat(k_dim=256, v_dim=256, k_bits=(3,) * 16, v_bits=(3,) * 16),
-    "d16-page-5": SegmentFormat(page_size=5, k_dim=16, v_dim=16, k_bits=(2,), v_bits=(4,), exceptions=1),
-}
-CODED = tuple(bits for bits in WIDTHS if bits)
-COVERS = {1: 0.5, 2: 0.85}  # bits -> share of the range between the ends of K's codes
-NEXT_SCALE = 1.127  # the scale of mean V is rounded up to 3 bits of mantissa
-V_SCALES = 0.279, 0.49  # least and largest scale of a token that is tried, as shares of its largest value
-NAN, INF = float("nan"), float("inf")
+from segment_cases import (
+    CODED,
+    COVERS,
+    FORMATS,
+    NEXT_SCALE,
+    assert_within,
+    check,
+    identities,
+    packed,
+    per_channel,
+    rotations,
+    sample,
+    uniform,
+)
 
 
 @pytest.fixture(params=FORMATS.values(), ids=FORMATS.keys())
 def fmt(request):
     return request.param
-
-
-def uniform(bits, v_bits=None, dim=64, exceptions=0):
-    """One width for all of K, one for all of V."""
-    v_bits = bits if v_bits is None else v_bits
-    groups = dim // 16
-    return SegmentFormat(
-        k_dim=dim, v_dim=dim, k_bits=(bits,) * groups, v_bits=(v_bits,) * groups, exceptions=exceptions
-    )
-
-
-def sample(fmt, pages=3, heads=2, seed=0, dtype=torch.float32):
-    generator = torch.Generator().manual_seed(seed)
-    mean = torch.randn(heads, fmt.k_dim, generator=generator)
-    k = torch.randn(pages, fmt.page_size, heads, fmt.k_dim, generator=generator) + 3 * mean
-    v = torch.randn(pages, fmt.page_size, heads, fmt.v_dim, generator=generator)
-    return k.to(dtype), v.to(dtype)
-
-
-def identities(fmt, heads=2):
-    return torch.eye(fmt.k_dim).expand(heads, -1, -1), torch.eye(fmt.v_dim).expand(heads, -1, -1)
-
-
-def rotations(fmt, heads=2, seed=1):
-    generator = torch.Generator().manual_seed(seed)
-    return tuple(
-        torch.linalg.qr(torch.randn(heads, dim, dim, generator=generator, dtype=torch.float64))[0].float()
-        for dim in (fmt.k_dim, fmt.v_dim)
-    )
-
-
-def packed(k, v, fmt):
-    """Segments of rotated [N, T, D], in zeroed bytes."""
-    data = torch.zeros(len(k), fmt.segment_bytes, dtype=torch.uint8)
-    pack(k, v, fmt, data)
-    return data
-
-
-def per_channel(values):
-    return torch.tensor(values).repeat_interleave(16)
-
-
-def exact_tokens(data, fmt):
-    """bool [..., T]: the tokens that the bytes name as exceptions."""
-    tokens = data[..., fmt.exception_tokens : fmt.exception_tokens + fmt.exceptions].long()
-    return torch.zeros(*data.shape[:-1], fmt.page_size, dtype=torch.bool).scatter_(-1, tokens, True)
-
-
-def assert_within(error, bound):
-    worst = (error - bound).max().item()
-    assert worst <= 0, f"error exceeds its bound by {worst:.3g} at {(error - bound).argmax().item()}"
-
-
-def input_rounding(x):
-    return 2.0**-20 * x.abs().amax((-2, -1), keepdim=True)
-
-
-def cells(bits, refined):
-    """Codes that decode alike, for each channel."""
-    return per_channel([1.0 if refined else 2.0 ** (width - BASE_BITS[width]) for width in bits])
-
-
-def check_keys(k, k_rot, bits, exact=None, refined=True, slack=0.0):
-    """|error| <= half a cell of the channel's own range + what float16 loses of scale and offset; [..., T, D].
-
-    `exact` [..., T] bool are tokens kept as float16, which do not count for the range. No bits: the mean.
-    """
-    exact = torch.zeros(k.shape[:-1], dtype=torch.bool) if exact is None else exact
-    rounding = input_rounding(k) + slack
-    low = k.masked_fill(exact[..., None], INF).amin(-2, keepdim=True)
-    high = k.masked_fill(exact[..., None], -INF).amax(-2, keepdim=True)
-    levels = 2.0 ** per_channel(bits)
-    cover = per_channel([COVERS.get(width, 1.0) for width in bits])
-    step = (high - low) * cover / (levels - 1).clamp_min(1)
-    float16 = 2.0**-11 * (low.abs() + high.abs() + levels * step) + levels * 2.0**-24
-    error = (k - k_rot).abs()
-    bound = step / 2 * cells(bits, refined) + 2 * float16 + rounding
-    mean = k.double().mean(-2, keepdim=True)
-    to_mean = (k - mean).abs() + 2.0**-11 * mean.abs() + 2.0**-24 + rounding
-    bound = torch.where(levels == 1, to_mean, bound.double())
-    as_float16 = k.abs() * 2.0**-11 + 2.0**-24 + rounding
-    assert_within(error, torch.where(exact[..., None], as_float16, bound))
-
-
-def check_values(v, v_rot, bits, exact=None, refined=True, slack=0.0):
-    """|error| <= half a cell of the largest scale that is tried, and where the smallest does not reach, what is beyond.
-
-    No bits: the mean over the tokens, in int8. Where all values are below 2^-15, they may decode to 0.
-    """
-    exact = torch.zeros(v.shape[:-1], dtype=torch.bool) if exact is None else exact
-    coded = per_channel([width > 0 for width in bits])
-    steps = per_channel([V_STEPS.get(width, 0.0) for width in bits])
-    reach = steps * (2.0 ** per_channel(bits) - 1) / 2
-    largest = v[..., coded].abs().amax(-1, keepdim=True) if coded.any() else 0.0
-    cell = cells(bits, refined)
-    bound = largest * (
-        torch.maximum(steps / 2 * V_SCALES[1], 1 - reach * V_SCALES[0]) + steps / 2 * (cell - 1) * V_SCALES[1]
-    )
-    mean = v.double().mean(-2, keepdim=True)
-    to_mean = (v - mean).abs() + mean.abs().amax(-1, keepdim=True) / 127 * NEXT_SCALE * 0.501
-    bound = torch.where(coded, bound, to_mean) + 2.0**-15 + cell * 2.0**-18
-    as_float16 = v.abs() * 2.0**-11 + 2.0**-24
-    assert_within((v - v_rot).abs(), torch.where(exact[..., None], as_float16, bound) + input_rounding(v) + slack)
-
-
-def check(k, v, data, fmt, refined=True):
-    """Rotated k and v [..., T, D] against their bytes."""
-    k_rot, v_rot = decode(data, fmt, refined=refined)
-    exact = exact_tokens(data, fmt)
-    check_keys(k, k_rot, fmt.k_bits, exact, refined)
-    check_values(v, v_rot, fmt.v_bits, exact, refined)
 
 
 @pytest.mark.parametrize("refined", [True, False], ids=["refined", "base"])
@@ -402,168 +287,3 @@ def test_lone_segments_decode_at_any_page_size(page_size):
     whole = decode(data, fmt)
     for together, alone in zip(whole, decode(data[1, 1], fmt), strict=True):
         assert torch.equal(together[1, 1], alone)
-
-
-@pytest.mark.parametrize("value", [0.0, 1.0, -37.25, 1e-42, 1e-20, 60000.0])
-def test_constant_pages(fmt, value):
-    k = torch.full((1, fmt.page_size, 2, fmt.k_dim), value)
-    v = torch.full((1, fmt.page_size, 2, fmt.v_dim), value)
-    data = encode(k, v, *identities(fmt), fmt)
-    for refined in (True, False):
-        k_rot, v_rot = decode(data, fmt, refined=refined)
-        torch.testing.assert_close(k_rot, k.transpose(1, 2), rtol=2**-11, atol=2**-24)
-        check_values(v.transpose(1, 2), v_rot, fmt.v_bits, exact_tokens(data, fmt), refined)
-
-
-def test_equal_tokens_are_nearly_exact(fmt):
-    k, v = sample(fmt, pages=1)
-    k, v = (x[:, :1].expand(-1, fmt.page_size, -1, -1) for x in (k, v))
-    k_rot, v_rot = decode(encode(k, v, *identities(fmt), fmt), fmt)
-    # The inputs were rounded to 2^-20 of the page's largest.
-    torch.testing.assert_close(k_rot, k.transpose(1, 2), rtol=2**-11, atol=2**-20 * k.abs().max().item())
-    coded = v_rot[:, :, fmt.exceptions :]
-    assert (coded == coded[:, :, :1]).all()
-
-
-@pytest.mark.parametrize("bits", CODED)
-def test_one_huge_channel_of_keys_leaves_the_others_alone(bits):
-    fmt = uniform(bits)
-    k, v = (x[:, :, 0] for x in sample(fmt))
-    k[..., 5] *= 1000
-    k_rot, _ = decode(packed(k, v, fmt), fmt)
-    k[..., 5], k_rot[..., 5] = 0, 0
-    check_keys(k, k_rot, fmt.k_bits)
-
-
-@pytest.mark.parametrize("bits", CODED)
-def test_one_huge_token_of_values_leaves_the_others_alone(bits):
-    fmt = uniform(bits)
-    k, v = (x[:, :, 0] for x in sample(fmt))
-    v[:, 7] *= 500
-    others = torch.arange(64) != 7
-    _, v_rot = decode(packed(k, v, fmt), fmt)
-    check_values(v[:, others], v_rot[:, others], fmt.v_bits)
-
-
-def huge_token(k, v):
-    """Token 7 a thousand times as large as the others."""
-    k, v = k.clone(), v.clone()
-    k[:, 7], v[:, 7] = k[:, 7] * 1000, v[:, 7] * 1000
-    return k, v
-
-
-@pytest.mark.parametrize("bits", CODED)
-def test_exceptions_take_a_huge_token_out_of_the_others_ranges(bits):
-    k, v = (x[:, :, 0] for x in sample(uniform(bits), pages=2))
-    others = torch.arange(64) != 7
-    k_huge, v_huge = huge_token(k, v)
-
-    def errors(fmt, k, v):
-        k_rot, _ = decode(packed(k, v, fmt), fmt)
-        return (k_rot - k)[:, others].square().mean()
-
-    fmt = uniform(bits, exceptions=1)
-    k_rot, v_rot = decode(packed(k_huge, v_huge, fmt), fmt)
-    exact = ~others.expand(2, -1)
-    assert torch.equal(exact_tokens(packed(k_huge, v_huge, fmt), fmt), exact)
-    check_keys(k_huge, k_rot, fmt.k_bits, exact)
-    check_values(v_huge, v_rot, fmt.v_bits, exact)
-    # The others' errors are those of a segment in which it is one of them.
-    torch.testing.assert_close(errors(fmt, k_huge, v_huge), errors(uniform(bits), k, v), rtol=0.2, atol=0)
-    assert errors(uniform(bits), k_huge, v_huge) > 100 * errors(fmt, k_huge, v_huge)
-
-
-def test_exceptions_are_float16():
-    fmt = uniform(2, exceptions=5)
-    k, v = (x[:, :, 0] for x in sample(fmt))
-    data = packed(k, v, fmt)
-    exact = exact_tokens(data, fmt)
-    assert (exact.sum(-1) == 5).all()
-    for x, decoded in zip((k, v), decode(data, fmt), strict=True):
-        assert torch.equal(decoded[exact], x[exact].half().float())
-        assert not torch.equal(decoded[~exact], x[~exact].half().float())
-
-
-def test_an_exception_does_not_shift_keys_without_bits():
-    fmt = uniform(0, exceptions=1)
-    k, v = (x[:, :, 0] for x in sample(fmt, pages=2))
-    others = torch.arange(64) != 7
-    k, v = huge_token(k, v)
-    k_rot, _ = decode(packed(k, v, fmt), fmt)
-    assert (k_rot - k)[:, others].square().mean() < 1.2 * k[:, others].var(1, correction=0).mean()
-
-
-@pytest.mark.parametrize("bad", [NAN, INF, -INF], ids=str)
-@pytest.mark.parametrize("name", ["k", "v"])
-def test_non_finite_input_is_refused(fmt, name, bad):
-    tensors = dict(zip("kv", sample(fmt), strict=True))
-    tensors[name][1, 2, 0, 3] = bad
-    with pytest.raises(ValueError, match=f"^{name} must be finite"):
-        encode(tensors["k"], tensors["v"], *identities(fmt), fmt)
-
-
-@pytest.mark.parametrize("bad", [NAN, INF, -INF], ids=str)
-@pytest.mark.parametrize("name", ["k", "v"])
-def test_unchecked_non_finite_tokens_stay_so_and_disturb_no_other_segment(fmt, name, bad):
-    tensors = dict(zip("kv", sample(fmt), strict=True))
-    bases = rotations(fmt)
-    clean = encode(tensors["k"], tensors["v"], *bases, fmt)
-    tensors[name][1, 2, 0, 3] = bad
-    data = encode(tensors["k"], tensors["v"], *bases, fmt, check_finite=False)
-    for refined in (True, False):
-        decoded = dict(zip("kv", decode(data, fmt, refined=refined), strict=True))
-        assert not decoded[name][1, 0, 2].isfinite().any()
-    others = torch.ones(3, 2, dtype=torch.bool)
-    others[1, 0] = False
-    assert torch.equal(data[others], clean[others])
-
-
-@pytest.mark.parametrize("exceptions", [0, 1])
-@pytest.mark.parametrize("bits", [0, 2, 4, 8])
-@pytest.mark.parametrize("name", ["k", "v"])
-def test_overflow_of_float16_is_refused(name, bits, exceptions):
-    fmt = uniform(bits, exceptions=exceptions)
-    tensors = dict(zip("kv", sample(fmt), strict=True))
-    tensors[name][0, 0, 0, 0] = 3e38
-    tensors[name][0, 1, 0, 0] = -1e38
-    with pytest.raises(ValueError, match=f"{name}_basis"):
-        encode(tensors["k"], tensors["v"], *identities(fmt), fmt)
-
-
-@pytest.mark.parametrize("name", ["k", "v"])
-def test_overflow_of_an_exception_is_refused(name):
-    """100,000 fits the scales and the means of a segment, and not the float16 of an exception."""
-    fmt = uniform(4, exceptions=1)
-    tensors = dict(zip("kv", sample(fmt), strict=True))
-    tensors["k"][0, 5, 0] = 1000.0  # so that it is the exception in either case
-    tensors[name][0, 5, 0, 3] = 1e5
-    with pytest.raises(ValueError, match=f"{name}_basis"):
-        encode(tensors["k"], tensors["v"], *identities(fmt), fmt)
-
-
-@pytest.mark.parametrize("name", ["k", "v", "k_basis", "v_basis"])
-def test_wrong_shapes_and_dtypes_name_the_argument(name):
-    fmt = FORMATS["d64-4"]
-    arguments = dict(zip(("k", "v", "k_basis", "v_basis"), (*sample(fmt), *identities(fmt)), strict=True))
-    with pytest.raises(ValueError, match=f"^{name} must have shape"):
-        encode(**arguments | {name: arguments[name][..., :-1]}, fmt=fmt)
-    with pytest.raises(ValueError, match=f"^{name} must be"):
-        encode(**arguments | {name: arguments[name].int()}, fmt=fmt)
-
-
-def test_no_pages(fmt):
-    data = encode(*sample(fmt, pages=0), *identities(fmt), fmt)
-    k_rot, v_rot = decode(data, fmt)
-    assert data.shape == (0, 2, fmt.segment_bytes)
-    assert k_rot.shape == (0, 2, fmt.page_size, fmt.k_dim)
-    assert v_rot.shape == (0, 2, fmt.page_size, fmt.v_dim)
-
-
-def test_decode_refuses_foreign_bytes():
-    fmt = FORMATS["d64-mixed"]
-    data = torch.zeros(1, 2, fmt.segment_bytes, dtype=torch.uint8)
-    for refined, nbytes in ((True, fmt.segment_bytes), (False, fmt.base_bytes)):
-        decode(data[..., :nbytes], fmt, refined=refined)
-        for bad in (data[..., : nbytes - 1], data.char(), data[0, 0, 0]):
-            with pytest.raises(ValueError, match=r"^data must be uint8"):
-                decode(bad, fmt, refined=refined)
