@@ -69,15 +69,32 @@ def test_all_full_pages_but_the_first_go_through_the_codec(context: Context) -> 
             assert 0 < error < 0.3
 
 
-def test_a_row_counts_what_full_kv_and_the_codec_answer(
-    cached_model: CachedModel, group: Group, context: Context
-) -> None:
+def test_more_bytes_answer_closer_to_full_kv(cached_model: CachedModel, group: Group, context: Context) -> None:
     (sample,) = group.samples
-    asked = [replay.Prefilled("t", group, context, [cached_model.answer(context.keys, context.values, sample)])]
-    epochs = {ratio: replay.calibrate([context], ratio, 64**-0.5) for ratio in (3.0, 8.0)}
-    rows = {ratio: replay.replay(cached_model, asked, lambda _, e=epoch: e)["t"] for ratio, epoch in epochs.items()}
-    assert rows[3.0]["questions"] == 1 and rows[3.0]["full"] in (0, 1)
-    assert 0 < rows[3.0]["kl"] < rows[8.0]["kl"]
+    full = [cached_model.answer(context.keys, context.values, sample)]
+    kl = {}
+    for ratio in (3.0, 8.0):
+        epoch = replay.calibrate([context], ratio, 64**-0.5)
+        whole, tenth = replay.ask(cached_model, epoch, context, group, full, [0.0, 0.1])
+        kl[ratio] = whole[0].kl
+        assert whole[0].full == tenth[0].full and tenth[0].kl != whole[0].kl
+    assert 0 < kl[3.0] < kl[8.0]
+
+
+def test_points_are_of_the_tasks_that_full_kv_answers() -> None:
+    right, lost, never = replay.Asked(True, True, 0.1), replay.Asked(True, False, 0.3), replay.Asked(False, False, 1.0)
+    whole, tenth = replay.Variant(5.3, "mixed", 0.0), replay.Variant(5.3, "mixed", 0.1)
+    found = {
+        whole: {"a": [right] * 9 + [lost], "b": [right] * 10, "c": [never] * 10},
+        tenth: {"a": [right] * 8 + [lost] * 2, "b": [right] * 10, "c": [never] * 10},
+    }
+    row = replay.summary(tenth, found)
+    assert row["counted"] == ["a", "b"] and (row["right"], row["full"], row["questions"]) == (18, 20, 30)
+    assert row["points"][0] == pytest.approx(-10) and row["points_to_whole"][0] == pytest.approx(-5)
+    assert row["points"][1] < -10 < row["points"][2]
+    assert row["kl"] == pytest.approx((0.14 + 0.1 + 1) / 3)
+    assert replay.summary(whole, found)["points_to_whole"] is None
+    assert "-5.0 [" in replay.describe([row]) and replay.points([]) is None
 
 
 def test_reading_all_selects_nothing_away_and_reading_less_costs(

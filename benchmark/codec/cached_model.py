@@ -39,6 +39,12 @@ class CachedModel:
         self._model: Any = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.bfloat16).eval()
         self._module = sys.modules[type(self._model).__module__]
 
+    @property
+    def head_dim(self) -> int:
+        """Channels of a query."""
+        config = self._model.config
+        return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
     @torch.inference_mode()
     def prefill(self, ids: Sequence[int]) -> Context:
         """Queries, keys and values of a context."""

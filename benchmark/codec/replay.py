@@ -1,14 +1,16 @@
-"""Answers from a compressed cache without a server: what budgets and calibrations do, in seconds each.
+"""Answers from a compressed cache without a server: what budgets, calibrations and selections do, in seconds each.
 
     python benchmark/codec/replay.py --model-path MODEL --ratios 5.3 6.4 --length 4096 --json replay.json
 
-Contexts of the quality benchmark are prefilled once, exactly, by transformers on the CPU. Then, for every budget and
-calibration, all of their full pages but the first go through the codec, and the questions are asked over the result.
-That is what a server does with a shared prefix; it is no substitute for measuring one (benchmark/quality/run.py).
+Contexts of the quality benchmark are prefilled one by one, exactly, by transformers on the CPU. For every budget and
+calibration, all full pages of a context but the first go through the codec, and the questions are asked over the
+result. That is what a server does with a shared prefix; it is no substitute for measuring one
+(benchmark/quality/run.py).
 With --selects the questions read a part of them, chosen afresh by every token (--mosaic-select of the server).
 
 Calibrated on `one`: a context of RULER's repeated sentences; `own`: the context itself; `mixed`: pages of other
-contexts of all tasks. Exit status: 0, or 2 when there is no result.
+contexts of all tasks. Points are of 100, over the tasks where full KV answers at least 80%, with the paired bootstrap's
+95% interval: against full KV, and against reading all of the same cache. Exit status: 0, or 2 when there is no result.
 """
 
 from __future__ import annotations
@@ -16,8 +18,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,6 +35,7 @@ from benchmark.common.options import integer, number
 from benchmark.common.report import environment, write_json
 from benchmark.common.stats import format_table
 from benchmark.quality import needles, recall, ruler, rules
+from benchmark.quality.pairing import interval
 from benchmark.quality.prompting import Prompter
 from benchmark.quality.ruler_package import ruler_package
 from benchmark.quality.samples import Group
@@ -44,6 +46,10 @@ REPEATED = "niah_single_1"
 RULER_TASKS = ("niah_multikey_1", "niah_multikey_2", "niah_multivalue")
 SAMPLED_PAGES, SAMPLED_QUERIES = 64, 2048
 CALIBRATIONS = ("one", "own", "mixed")
+QUESTIONS = 5
+"""That the other suites ask of a context."""
+FLOOR = 0.8
+"""Share that full KV must answer for a task to count."""
 
 
 class Coded(NamedTuple):
@@ -55,13 +61,24 @@ class Coded(NamedTuple):
     """Bytes of the full pages but the first."""
 
 
-class Prefilled(NamedTuple):
-    """A context with its questions and what full KV answers."""
+class Variant(NamedTuple):
+    """A line of the table."""
 
-    task: str
-    group: Group
-    context: Context
-    full: list[torch.Tensor]
+    ratio: float
+    calibrated_on: str
+    select: float
+    """Share of the compressed tokens that is read; 0: all."""
+
+
+class Asked(NamedTuple):
+    """One question."""
+
+    full: bool
+    """Full KV gives every scored token."""
+    right: bool
+    """So does the variant's cache."""
+    kl: float
+    """To full KV, mean of the scored tokens, in nats."""
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -69,7 +86,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model-path", required=True, help="checkpoint folder or Hugging Face repository")
     parser.add_argument("--length", type=integer(1024), default=4096, help="of the prompts (default %(default)s)")
-    parser.add_argument("--contexts", type=integer(1), default=1, help="to ask per task (default %(default)s)")
+    parser.add_argument("--samples", type=integer(1), default=5, help="questions per task (default %(default)s)")
     parser.add_argument("--ratios", type=number(1.5), nargs="+", default=[4.5, 5.3, 6.4])
     parser.add_argument(
         "--selects", type=number(0), nargs="+", default=[0.0], metavar="SHARE",
@@ -82,15 +99,18 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def make_groups(args: argparse.Namespace) -> dict[str, list[Group]]:
-    """By task, the contexts to ask and one more to calibrate on."""
+def make_groups(args: argparse.Namespace) -> tuple[dict[str, list[Group]], list[Group], Group]:
+    """By task, the contexts to ask; one more of each to calibrate on; a context of repeated sentences."""
     prompter, package = Prompter(args.model_path), ruler_package(args.data)
-    wanted = args.contexts + 1
-    work = Workload(prompter, wanted, args.seed)
-    # The other suites ask five questions of a context.
-    shared = Workload(prompter, 5 * wanted, args.seed)
-    groups = {task: ruler.groups(work, args.length, [task], package) for task in (*RULER_TASKS, REPEATED)}
-    return groups | {suite.SUITE: suite.groups(shared, args.length) for suite in (needles, recall, rules)}
+
+    def work(contexts: int, questions: int) -> Workload:
+        return Workload(prompter, contexts * questions, args.seed)
+
+    groups = {task: ruler.groups(work(args.samples + 1, 1), args.length, [task], package) for task in RULER_TASKS}
+    shared = work(-(-args.samples // QUESTIONS) + 1, QUESTIONS)
+    groups |= {suite.SUITE: suite.groups(shared, args.length) for suite in (needles, recall, rules)}
+    (repeated,) = ruler.groups(work(1, 1), args.length, [REPEATED], package)
+    return {task: of_task[:-1] for task, of_task in groups.items()}, [x[-1] for x in groups.values()], repeated
 
 
 def calibrate(contexts: Sequence[Context], ratio: float, scale: float) -> PlanesEpoch:
@@ -134,91 +154,110 @@ def through_codec(epoch: PlanesEpoch, context: Context) -> Coded:
     return coded
 
 
-def replay(
-    model: CachedModel, asked: Sequence[Prefilled], epoch_of: Callable[[Context], PlanesEpoch], select: float = 0.0
-) -> dict[str, dict[str, float]]:
-    """By task: questions, those that full KV and this cache answer, mean KL to full KV in nats."""
-    found: dict[str, list[tuple[bool, bool, float]]] = {}
-    for one in asked:
-        epoch = epoch_of(one.context)
-        keys, values, data = through_codec(epoch, one.context)
+def ask(
+    model: CachedModel,
+    epoch: PlanesEpoch,
+    context: Context,
+    group: Group,
+    full: Sequence[torch.Tensor],
+    selects: Sequence[float],
+) -> list[list[Asked]]:
+    """The questions of a group over its compressed context, for every share to select.
+
+    Args:
+        full: log-probabilities of each question's scored tokens, from the exact cache.
+    """
+    keys, values, data = through_codec(epoch, context)
+    found = []
+    for select in selects:
         reader = SelectingAttention(epoch, data, select) if select else None
-        for sample, full in zip(one.group.samples, one.full, strict=True):
+        found.append([])
+        for sample, wanted in zip(group.samples, full, strict=True):
             ours = model.answer(keys, values, sample, reader)
             target = torch.tensor([sample.answer[offset] for offset in sample.scored])
-            kl = (full.exp() * (full - ours)).sum(-1).mean().item()
-            right = [bool((x.argmax(-1) == target).all()) for x in (full, ours)]
-            found.setdefault(one.task, []).append((*right, kl))
-    return {
-        task: {
-            "questions": len(rows),
-            "full": sum(full for full, _, _ in rows),
-            "right": sum(right for _, right, _ in rows),
-            "kl": sum(kl for *_, kl in rows) / len(rows),
-        }
-        for task, rows in found.items()
-    }
+            kl = (wanted.exp() * (wanted - ours)).sum(-1).mean().item()
+            found[-1].append(Asked(*(bool((x.argmax(-1) == target).all()) for x in (wanted, ours)), kl))
+    return found
 
 
 def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
     """A row for every budget, calibration and selection."""
-    groups = make_groups(args)
+    groups, others, repeated = make_groups(args)
     model = CachedModel(args.model_path)
-    asked, others, repeated = [], [], None
-    for task, of_task in groups.items():
-        for i, group in enumerate(tqdm(of_task, desc=task, unit="context")):
-            context = model.prefill(group.context)
-            if task == REPEATED:
-                repeated = context
-                break
-            if i == args.contexts:
-                others.append(context)
-            else:
-                answers = [model.answer(context.keys, context.values, sample) for sample in group.samples]
-                asked.append(Prefilled(task, group, context, answers))
-    scale = asked[0].context.keys[0].shape[2] ** -0.5
-    rows = []
-    for ratio, name, select in itertools.product(args.ratios, args.calibrations, args.selects):
-        start = time.perf_counter()
-        if name == "own":
-            tasks = replay(model, asked, lambda context, ratio=ratio: calibrate([context], ratio, scale), select)
-        else:
-            epoch = calibrate(others if name == "mixed" else [repeated], ratio, scale)
-            tasks = replay(model, asked, lambda context, epoch=epoch: epoch, select)
-        rows.append(
-            {
-                "ratio": ratio,
-                "calibrated_on": name,
-                "select": select,
-                "kl": sum(task["kl"] for task in tasks.values()) / len(tasks),
-                **{key: sum(task[key] for task in tasks.values()) for key in ("right", "full", "questions")},
-                "seconds": round(time.perf_counter() - start, 1),
-                "tasks": tasks,
-            }
-        )
-    return rows
+    scale = model.head_dim**-0.5
+    shared: dict[str, list[Context]] = {}
+    if "one" in args.calibrations:
+        shared["one"] = [model.prefill(repeated.context)]
+    if "mixed" in args.calibrations:
+        shared["mixed"] = [model.prefill(group.context) for group in tqdm(others, desc="to calibrate", unit="context")]
+    settings = list(itertools.product(args.ratios, args.calibrations))
+    epochs = {(ratio, name): calibrate(shared[name], ratio, scale) for ratio, name in settings if name in shared}
+    shared.clear()
+
+    found: dict[Variant, dict[str, list[Asked]]] = {}
+    work = [(task, group) for task, of_task in groups.items() for group in of_task]
+    for task, group in (progress := tqdm(work, unit="context")):
+        progress.set_description(task)
+        context = model.prefill(group.context)
+        full = [model.answer(context.keys, context.values, sample) for sample in group.samples]
+        for ratio, name in settings:
+            epoch = epochs[ratio, name] if name != "own" else calibrate([context], ratio, scale)
+            answers = ask(model, epoch, context, group, full, args.selects)
+            for select, asked in zip(args.selects, answers, strict=True):
+                found.setdefault(Variant(ratio, name, select), {}).setdefault(task, []).extend(asked)
+    return [summary(variant, found) for variant in found]
+
+
+def summary(variant: Variant, found: dict[Variant, dict[str, list[Asked]]]) -> dict[str, Any]:
+    """A row: totals, points lost and figures of each task; `whole` compares with reading all of the same cache."""
+    tasks = found[variant]
+    whole = found.get(variant._replace(select=0.0)) if variant.select else None
+    counted = [task for task, asked in tasks.items() if sum(x.full for x in asked) >= FLOOR * len(asked)]
+    rows = {
+        task: {
+            "questions": len(asked),
+            "full": sum(x.full for x in asked),
+            "right": sum(x.right for x in asked),
+            "kl": sum(x.kl for x in asked) / len(asked),
+        }
+        for task, asked in tasks.items()
+    }
+    return {
+        **variant._asdict(),
+        "kl": sum(row["kl"] for row in rows.values()) / len(rows),
+        **{key: sum(row[key] for row in rows.values()) for key in ("right", "full", "questions")},
+        "counted": counted,
+        "points": points([[x.right - x.full for x in tasks[task]] for task in counted]),
+        "points_to_whole": whole
+        and points([[x.right - y.right for x, y in zip(tasks[task], whole[task], strict=True)] for task in counted]),
+        "tasks": rows,
+    }
+
+
+def points(differences: Sequence[Sequence[int]]) -> tuple[float, float, float] | None:
+    """Mean of the tasks' mean differences and its interval, in points of 100; None without tasks."""
+    if not differences:
+        return None
+    mean = sum(sum(of_task) / len(of_task) for of_task in differences) / len(differences)
+    return 100 * mean, *(100 * bound for bound in interval(differences))
 
 
 def describe(rows: Sequence[dict[str, Any]]) -> str:
     """The table."""
     names = list(rows[0]["tasks"])
-    header = [
-        "ratio",
-        "calibrated on",
-        "selected",
-        "right",
-        "full KV",
-        "questions",
-        "mean KL",
-        *(f"KL {name}" for name in names),
-    ]
+    header = ["ratio", "calibrated on", "selected", "right", "full KV", "questions", "points", "points to whole"]
     lines = [
         [row["ratio"], row["calibrated_on"], row["select"] or "all", row["right"], row["full"], row["questions"]]
+        + [_with_interval(row[key]) for key in ("points", "points_to_whole")]
         + [f"{row['kl']:.4f}"]
         + [f"{row['tasks'][name]['kl']:.4f}" for name in names]
         for row in rows
     ]
-    return format_table(header, lines)
+    return format_table([*header, "mean KL", *(f"KL {name}" for name in names)], lines)
+
+
+def _with_interval(found: tuple[float, float, float] | None) -> str | None:
+    return found and "{:+.1f} [{:.1f}, {:.1f}]".format(*found)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -231,7 +270,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     print(describe(rows))
     if args.json:
-        options = {"model": Path(args.model_path).name, "length": args.length, "contexts": args.contexts}
+        options = {"model": Path(args.model_path).name, "length": args.length, "samples": args.samples}
         write_json(args.json, {"benchmark": "replay", "environment": environment(), **options, "rows": rows})
         print(f"wrote {args.json}")
     return 0
