@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+import triton_device  # noqa: F401  (before anything that imports Triton)
 from real_server import Server, Servers
 
 # The order that needs the fewest starts of servers; other tests come first.

@@ -154,7 +154,8 @@ def test_diffuse_heads_have_a_far_field_and_its_mass_is_corrected():
     keys, q = noise(512, DIM), noise(60, DIM, seed=1) * 0.3
     values = noise(512, DIM, seed=2) + noise(8, 1, DIM, seed=3).expand(-1, 64, -1).reshape(512, DIM)
     found = profile_of(q, keys, values)
-    assert found.far_bias == pytest.approx(0, abs=1e-4)
+    # The share of a page that is left is reckoned from keys in steps of an eighth.
+    assert found.far_bias == pytest.approx(0, abs=0.01)
     # A scan that sees a quarter of every key misses mass: exp(half of the variance that it does not see).
     coarse = profile_of(q * 4, keys, values, scanned=keys * 0.25)
     assert coarse.far_bias > 0.2

@@ -1,126 +1,115 @@
-"""Attention with log-sum-exp and its merge, against a plain softmax."""
-
-import math
+"""Triton kernels that decode and attend over compressed pages, against the references."""
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from mosaic_kernels.attend.reference import attend
-from mosaic_kernels.merge_lse.reference import merge
+from frame_cases import make_batch, make_pool, make_queries
+from mosaic_kernels.attend_pages import reference as attend_reference
+from mosaic_kernels.attend_pages.launch import attend_pages
+from mosaic_kernels.combine import reference as combine_reference
+from mosaic_kernels.combine.launch import combine
+from mosaic_kernels.page_batch import Item, plan
+from mosaic_kernels.segment_decode.launch import decode_frames
+from triton_device import DEVICE, INTERPRETED
 
-INF = math.inf
-
-
-def tensors(queries, keys, q_heads=6, heads=2, k_dim=16, v_dim=24, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    q = torch.randn(queries, q_heads, k_dim, generator=generator)
-    k = torch.randn(heads, keys, k_dim, generator=generator)
-    v = torch.randn(heads, keys, v_dim, generator=generator)
-    return q, k, v
-
-
-def plain(q, k, v, scale, causal_offset=None):
-    """Softmax attention in float64, keys repeated."""
-    group = q.shape[1] // k.shape[0]
-    k, v = (x.double().repeat_interleave(group, 0) for x in (k, v))
-    scores = torch.einsum("qhd,hkd->hqk", q.double(), k) * scale
-    if causal_offset is not None:
-        seen = torch.arange(k.shape[1]) <= torch.arange(q.shape[0])[:, None] + causal_offset
-        scores = scores.masked_fill(~seen, -INF)
-    lse = scores.logsumexp(-1)
-    weights = (scores - torch.where(lse == -INF, 0.0, lse)[..., None]).exp()
-    return torch.einsum("hqk,hkd->qhd", weights, v).float(), lse.T.float()
+# float16 has 11 bits: products of a rounded query, or of rounded weights, with exact codes.
+LOGITS, OUTPUT = 5e-3, 5e-3
+SHAPES = {
+    "d64": dict(k_dim=64, v_dim=64, group=7),
+    "d128": dict(k_dim=128, v_dim=128, group=4),
+    "one-head": dict(k_dim=64, v_dim=64, heads=1, group=1),
+    "uneven": dict(k_dim=96, v_dim=48, heads=3, group=2),
+    "planes-only": dict(k_dim=64, v_dim=64, group=8, sparse=False, exceptions=False, formats=1),
+}
 
 
-@settings(deadline=None, max_examples=80)
-@given(
-    st.integers(1, 9),
-    st.integers(1, 70),
-    st.sampled_from([(1, 1), (6, 2), (4, 4), (9, 3)]),
-    st.sampled_from([None, 1, 7, 64]),
-    st.one_of(st.none(), st.integers(-12, 80)),
-)
-def test_matches_plain_softmax(queries, keys, heads, block_keys, causal_offset):
-    q, k, v = tensors(queries, keys, *heads)
-    out, lse = attend(q, k, v, 0.3, causal_offset=causal_offset, block_keys=block_keys)
-    expected_out, expected_lse = plain(q, k, v, 0.3, causal_offset)
-    assert out.dtype == lse.dtype == torch.float32
-    torch.testing.assert_close(out, expected_out, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(lse, expected_lse, rtol=1e-5, atol=1e-5)
+def pool_of(shape, **options):
+    shape = dict(SHAPES[shape])
+    group = shape.pop("group")
+    return make_pool(**shape, **options), group
 
 
-def test_no_keys():
-    out, lse = attend(*tensors(3, 0), 1.0)
-    assert out.shape == (3, 6, 24) and not out.any()
-    assert lse.shape == (3, 6) and (lse == -INF).all()
+def assert_close(found, wanted, relative):
+    """Within a share of the largest value of each row."""
+    bound = relative * wanted.abs().amax(-1, keepdim=True).clamp_min(1e-3)
+    assert ((found - wanted).abs() <= bound).all(), f"off by {((found - wanted).abs() / bound).max():.2f} bounds"
 
 
-def test_no_queries():
-    out, lse = attend(*tensors(0, 5), 1.0)
-    assert out.shape == (0, 6, 24) and lse.shape == (0, 6)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_decoding_is_the_references_to_the_last_bit(shape: str) -> None:
+    pool, _ = pool_of(shape)
+    frames = torch.tensor([3, 0, 5, 1], device=DEVICE)
+    k, v = decode_frames(pool.data, frames, pool.table)
+    wanted = pool.decoded(frames.tolist())
+    assert torch.equal(k, wanted[0]) and torch.equal(v, wanted[1])
+    k, v = decode_frames(pool.data, frames.int(), pool.table, dtype=torch.bfloat16)
+    # The interpreter cuts bits off where devices round.
+    bound = 2**-7 if INTERPRETED else 2**-9
+    for one, other in zip((k, v), wanted, strict=True):
+        assert one.dtype == torch.bfloat16 and ((one.float() - other).abs() <= bound * other.abs()).all()
 
 
-def test_early_queries_that_see_nothing():
-    out, lse = attend(*tensors(4, 10), 1.0, causal_offset=-2, block_keys=3)
-    assert not out[:2].any() and (lse[:2] == -INF).all() and torch.isfinite(lse[2:]).all()
+def test_each_epoch_decodes_its_own_frames() -> None:
+    pool = make_pool(epochs=3, frames=10)
+    for epoch in range(3):
+        frames = [frame for frame in range(9) if pool.epoch_of[frame] == epoch]
+        found = decode_frames(pool.data, torch.tensor(frames, device=DEVICE), pool.table, epoch)
+        for one, other in zip(found, pool.decoded(frames), strict=True):
+            assert torch.equal(one, other)
 
 
-def test_large_logits_do_not_overflow():
-    q, k, v = tensors(2, 40)
-    out, lse = attend(q * 300, k * 300, v, 1.0, block_keys=8)
-    torch.testing.assert_close(out, plain(q * 300, k * 300, v, 1.0)[0], rtol=1e-3, atol=1e-3)
-    assert torch.isfinite(lse).all()
+def test_a_frame_that_was_never_encoded_is_nan() -> None:
+    pool = make_pool()
+    k, v = decode_frames(pool.data, torch.tensor([len(pool.data) - 1], device=DEVICE), pool.table)
+    assert k.isnan().all() and v.isnan().all()
+    batch = plan([Item(0, 0, [0, len(pool.data) - 1])], 1, pool.heads, 1, DEVICE)
+    out, _ = attend_pages(make_queries(batch, pool.heads, 2, 64), pool.data, batch, pool.table, 0.1)
+    assert out.isnan().all()
 
 
-def test_token_major_and_half_precision_keys():
-    q, k, v = tensors(3, 33)
-    k, v = k.transpose(0, 1).contiguous().bfloat16(), v.transpose(0, 1).contiguous().bfloat16()
-    out, _ = attend(q, k.transpose(0, 1), v.transpose(0, 1), 0.25, block_keys=10)
-    expected, _ = plain(q, k.float().transpose(0, 1), v.float().transpose(0, 1), 0.25)
-    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_attention_over_pages(shape: str) -> None:
+    pool, group = pool_of(shape)
+    batch = make_batch(pool, [1, 0, 9], programs=4, least_pages=2)
+    q = make_queries(batch, pool.heads, group, pool.table.k_dim)
+    scale = pool.table.k_dim**-0.5
+    out, lse = attend_pages(q, pool.data, batch, pool.table, scale)
+    wanted = attend_reference.attend_pages(q, *pool.decoded(batch.frames.tolist()), batch, scale)
+    assert len(batch.pieces) > 2
+    assert (lse - wanted[1]).abs().max() < LOGITS
+    assert_close(out, wanted[0], OUTPUT)
 
 
-def test_shapes_are_checked():
-    q, k, v = tensors(3, 5)
-    with pytest.raises(ValueError, match="multiple"):
-        attend(q[:, :5], k, v, 1.0)
-    with pytest.raises(ValueError, match="multiple"):
-        attend(q, k[:, :4], v, 1.0)
+def test_a_request_is_independent_of_its_batch_mates() -> None:
+    pool = make_pool(frames=12)
+    alone = plan([Item(0, 0, [4, 1, 7, 2, 2])], 1, pool.heads, 1, DEVICE, least_pages=8)
+    among = plan(
+        [Item(0, 0, [3]), Item(1, 0, [4, 1, 7, 2, 2]), Item(2, 0, [9] * 7)], 3, pool.heads, 1, DEVICE, least_pages=8
+    )
+    q = make_queries(among, pool.heads, 4, 64)
+    found = attend_pages(q, pool.data, among, pool.table, 0.1)
+    wanted = attend_pages(q[1:2].contiguous(), pool.data, alone, pool.table, 0.1)
+    for one, other in zip(found, wanted, strict=True):
+        assert torch.equal(one[1], other[0])
 
 
-@settings(deadline=None, max_examples=40)
-@given(st.lists(st.integers(0, 20), min_size=2, max_size=5), st.integers(0, 99))
-def test_merged_parts_are_attention_over_the_concatenation(lengths, seed):
-    q, k, v = tensors(3, sum(lengths), seed=seed)
-    parts = [attend(q, kp, vp, 0.5) for kp, vp in zip(k.split(lengths, 1), v.split(lengths, 1), strict=True)]
-    from_left, from_right = parts[0], parts[-1]
-    for part in parts[1:]:
-        from_left = merge(*from_left, *part)
-    for part in parts[-2::-1]:
-        from_right = merge(*part, *from_right)
-    expected = plain(q, k, v, 0.5)
-    for merged in (from_left, from_right):
-        torch.testing.assert_close(merged[0], expected[0], rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(merged[1], expected[1], rtol=1e-5, atol=1e-5)
+@pytest.mark.parametrize("parts", (1, 2))
+def test_combining(parts: int) -> None:
+    pool = make_pool(epochs=2, frames=12)
+    batch = make_batch(pool, [1, 0, 9, 6], programs=4, least_pages=2, capacity=32)
+    generator = torch.Generator().manual_seed(0)
+    heads, group, dim = pool.heads, 3, 64
 
+    def some(*shape):
+        return torch.randn(*shape, generator=generator).to(DEVICE)
 
-def test_merge_commutes_and_survives_extremes():
-    out_a, out_b = torch.ones(4, 2), torch.full((4, 2), 3.0)
-    lse_a = torch.tensor([500.0, -500.0, 0.0, 88.0])
-    lse_b = torch.tensor([-500.0, 500.0, 0.0, 88.0])
-    out, lse = merge(out_a, lse_a, out_b, lse_b)
-    torch.testing.assert_close(out, torch.tensor([1.0, 3.0, 2.0, 2.0])[:, None].expand(4, 2))
-    torch.testing.assert_close(lse, torch.tensor([500.0, 500.0, math.log(2), 88 + math.log(2)]))
-    swapped = merge(out_b, lse_b, out_a, lse_a)
-    assert torch.equal(swapped[0], out) and torch.equal(swapped[1], lse)
-
-
-def test_merge_with_an_empty_set_is_the_identity():
-    out, lse = torch.randn(3, 5), torch.randn(3)
-    nothing, garbage = torch.full((3,), -INF), torch.full((3, 5), torch.nan)
-    for merged in (merge(out, lse, garbage, nothing), merge(garbage, nothing, out, lse)):
-        assert torch.equal(merged[0], out) and torch.equal(merged[1], lse)
-    both = merge(garbage, nothing, garbage, nothing)
-    assert not both[0].any() and (both[1] == -INF).all()
+    results = [(some(32, heads, group, dim), 4 * some(32, heads, group)) for _ in range(parts)]
+    results[-1][1][1] = -torch.inf
+    results[-1][0][1] = torch.nan
+    dense = some(4, heads * group, dim), 4 * some(4, heads * group)
+    dense[1][0], dense[0][0] = -torch.inf, torch.nan
+    unrotate = torch.linalg.qr(some(2, heads, dim, dim))[0].contiguous()
+    found = combine(results, batch, unrotate, *dense)
+    wanted = combine_reference.combine(results, batch, unrotate, *dense)
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found[1], dense[0][1])

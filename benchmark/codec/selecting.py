@@ -10,6 +10,7 @@ import torch
 
 from benchmark.codec.methods import PAGE
 from mosaic_kernels.merge_lse.reference import merge
+from mosaic_kernels.scan.keys import keys_of
 from mosaic_kernels.select.reference import attend_selected, choose_tokens, far_logits, from_rows, rows_of
 from sglang_mosaic.codec import PlanesEpoch
 
@@ -40,8 +41,10 @@ class SelectingAttention:
         rows = rows_of(epoch.rotate_queries(layer, q), len(keys))
         logits = (rows[..., : scanned.shape[-1]] * scale) @ scanned.transpose(1, 2)
         known = rows_of(lse[..., None], len(keys))[..., 0]
-        selected = choose_tokens(logits, known, len(q), 1.0, self._most)
-        far = far_logits(logits, selected, PAGE) + epoch.far_bias(layer)[:, None, None]
+        found = keys_of(logits, known, len(q))
+        selected = choose_tokens(found, 1.0, self._most)
+        page_lse = logits.unflatten(-1, (-1, PAGE)).logsumexp(-1)
+        far = far_logits(found, page_lse, selected) + epoch.far_bias(layer)[:, None, None]
         means = epoch.mean_values(layer, data).transpose(0, 1)
         ours, our_lse = (
             from_rows(x, len(q)) for x in attend_selected(rows, keys, values, selected, scale, (far, means))

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import torch
 
+from mosaic_kernels.scan.keys import KEYS, LOWEST, STEPS
+
 
 def rows_of(q: torch.Tensor, heads: int) -> torch.Tensor:
     """[Tq, Hq, D] any float -> float32 [Hkv, group * Tq, D]; query head h reads KV head h // group."""
@@ -22,34 +24,57 @@ def from_rows(x: torch.Tensor, tokens: int) -> torch.Tensor:
     return x.movedim(2, 0).flatten(1, 2)
 
 
-def choose_tokens(
-    scan_logits: torch.Tensor, known_lse: torch.Tensor, queries: int, top_p: float, most: int
-) -> torch.Tensor:
-    """The tokens that hold most of the attention, for each query and KV head.
+def choose_tokens(keys: torch.Tensor, top_p: float, most: int) -> torch.Tensor:
+    """The tokens that get most attention, for each query and KV head.
 
     Args:
-        scan_logits: [Hkv, R, N] float32, approximate logits.
-        known_lse: [Hkv, R] float32, log-sum-exp over tokens that are read anyway; -inf: none.
-        queries: Tq, R = group * Tq.
-        top_p: share of the attention mass to cover, averaged over the group; what is read anyway counts.
-        most: tokens at most.
+        keys: int16 [..., N] (scan/keys.py).
+        top_p: share of the attention mass to cover, what is read anyway included; 1: no limit but `most`. Reckoned from
+            the keys: of each token the mass of the query head that looks at it most.
+        most: tokens at most; of equal keys the first.
 
     Returns:
-        bool [Hkv, Tq, N].
+        bool [..., N].
     """
-    total = torch.logaddexp(scan_logits.logsumexp(-1), known_lse)[..., None]
-    heads, _, tokens = scan_logits.shape
-    mass = torch.exp(scan_logits - total).view(heads, -1, queries, tokens).mean(1)
-    most = min(most, tokens)
-    largest, which = mass.topk(most, dim=-1)
-    before = largest.cumsum(-1) - largest + (1 - mass.sum(-1, keepdim=True))
-    return torch.zeros_like(mass, dtype=torch.bool).scatter_(-1, which, before < top_p)
+    counts = torch.zeros(*keys.shape[:-1], KEYS, dtype=torch.int64, device=keys.device)
+    counts.scatter_add_(-1, keys.long(), torch.ones_like(keys, dtype=torch.int64))
+    least, spare = threshold(counts, top_p, most)
+    ties = keys == least[..., None] - 1
+    return (keys >= least[..., None]) | ties & (ties.cumsum(-1) <= spare[..., None])
 
 
-def far_logits(scan_logits: torch.Tensor, selected: torch.Tensor, page_size: int) -> torch.Tensor:
-    """Log-sum-exp of what each page keeps unselected: [Hkv, R, N], bool [Hkv, Tq, N] -> [Hkv, R, N / page_size]."""
-    selected = selected.repeat(1, scan_logits.shape[1] // selected.shape[1], 1)
-    return scan_logits.masked_fill(selected, -torch.inf).unflatten(-1, (-1, page_size)).logsumexp(-1)
+def threshold(counts: torch.Tensor, top_p: float, most: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Counts [..., KEYS] int64 of tokens by key -> the least key of which all are taken, and how many of the next."""
+    at_least = counts.flip(-1).cumsum(-1).flip(-1)
+    least = (at_least > most).sum(-1)
+    spare = most - torch.nn.functional.pad(at_least, (0, 1)).gather(-1, least[..., None]).squeeze(-1)
+    if top_p < 1:
+        weights = torch.exp(torch.arange(KEYS, device=counts.device, dtype=torch.float32) / STEPS + LOWEST)
+        mass = (counts * weights).flip(-1).cumsum(-1).flip(-1)
+        wanted = top_p * (1 + mass[..., :1]) - 1
+        enough = torch.where(wanted.squeeze(-1) > 0, (mass >= wanted).sum(-1) - 1, KEYS)
+        spare = torch.where(enough >= least, 0, spare)
+        least = torch.maximum(least, enough)
+    return least, spare
+
+
+def far_logits(keys: torch.Tensor, page_lse: torch.Tensor, selected: torch.Tensor) -> torch.Tensor:
+    """Log-sum-exp of what each page keeps unselected.
+
+    All query heads of a group are taken to lose the share of a page that the keys say: their own logits need not be
+    kept.
+
+    Args:
+        keys: int16 [Hkv, Tq, N]; selected: bool [Hkv, Tq, N].
+        page_lse: [Hkv, R, P] float32, log-sum-exp of each page's scanned logits, R = group * Tq.
+
+    Returns:
+        [Hkv, R, P] float32; -inf: all of the page is selected.
+    """
+    pages = page_lse.shape[-1]
+    mass = torch.exp(keys.float() / STEPS + LOWEST).unflatten(-1, (pages, -1))
+    left = (mass * ~selected.unflatten(-1, (pages, -1))).sum(-1) / mass.sum(-1)
+    return page_lse + left.log().repeat(1, page_lse.shape[1] // left.shape[1], 1)
 
 
 def attend_selected(

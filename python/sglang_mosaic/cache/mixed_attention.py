@@ -162,7 +162,8 @@ def _readers(
     """Which sequences read the unique mosaic pages from ``start`` to ``stop``, and which of them."""
     readers: list[tuple[int, torch.Tensor | None]] = []
     for i, index in enumerate(indexes):
-        inside = index[(index >= start) & (index < stop)] - start
+        # In the order of the block: what is equally attended is chosen by order, whatever else is in the batch.
+        inside = index[(index >= start) & (index < stop)].sort().values - start
         if len(inside) == stop - start:
             readers.append((i, None))
         elif len(inside):

@@ -1,9 +1,9 @@
 """Reading a part of a long compressed context: scan, select, far field (the torch reference).
 
 The scan estimates the logits of all compressed tokens from the base planes of a few channels. Every KV head then reads
-the tokens with most of the mass, up to a cap; the others count as one token per page, with the scanned mass and the
-page's mean value. A decode step may go on with the selection of an earlier one, pages that became mosaic since read
-whole.
+the tokens that any of its query heads looks at most, up to a cap; the others count as one token per page, with the
+scanned mass and the page's mean value. A decode step may go on with the selection of an earlier one, pages that became
+mosaic since read whole.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from mosaic_kernels.merge_lse.reference import merge
+from mosaic_kernels.scan.keys import keys_of
 from mosaic_kernels.select.reference import attend_selected, choose_tokens, far_logits, from_rows, rows_of
 from sglang_mosaic.cache.memory import PageMemory
 from sglang_mosaic.config import MosaicConfig
@@ -121,8 +122,10 @@ class SelectionPlan:
             sequence = self._sequences[i]
             lse = rows_of(known[i][..., None], len(logits))[..., 0]
             most = max(int(self._config.select * logits.shape[-1]), 1)
-            selected = choose_tokens(logits, lse, sequence.queries, self._config.select_top_p, most)
-            far = far_logits(logits, selected, PAGE_SIZE) + bias[:, None]
+            keys = keys_of(logits, lse, sequence.queries)
+            selected = choose_tokens(keys, self._config.select_top_p, most)
+            page_lse = logits.unflatten(-1, (-1, PAGE_SIZE)).logsumexp(-1)
+            far = far_logits(keys, page_lse, selected) + bias[:, None]
             self._now[i] = _Chosen(self._frames(i), selected, far, sequence.tokens)
             if self._config.select_steps > 1 and sequence.queries == 1 and sequence.key is not None:
                 self._remembered[sequence.key, layer] = self._now[i]

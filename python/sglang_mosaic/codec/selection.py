@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 
+from mosaic_kernels.scan.keys import keys_of
 from mosaic_kernels.segment import GROUP
 from mosaic_kernels.select.reference import attend_selected, choose_tokens, far_logits
 
@@ -55,10 +56,11 @@ def profile(
 
 def _far_bias(queries, keys, values, scanned, exact, scale: float, most: int, page_size: int) -> float | None:
     """The correction of the far field's mass, if with it the output is closer to the exact one."""
-    rows = len(queries)
-    known = torch.full((1, rows), -torch.inf, device=queries.device)
-    selected = choose_tokens(scanned[None], known, rows, 1.0, most)
-    true, seen = (far_logits(logits[None], selected, page_size) for logits in (exact, scanned))
+    # As if what is read anyway had as much of the attention.
+    keys_seen = keys_of(scanned[None], scanned.logsumexp(-1)[None], len(queries))
+    selected = choose_tokens(keys_seen, 1.0, most)
+    true = exact[None].masked_fill(selected, -torch.inf).unflatten(-1, (-1, page_size)).logsumexp(-1)
+    seen = far_logits(keys_seen, scanned[None].unflatten(-1, (-1, page_size)).logsumexp(-1), selected)
     bias = true.logsumexp(-1).mean() - seen.logsumexp(-1).mean()
     if not torch.isfinite(bias):
         return None

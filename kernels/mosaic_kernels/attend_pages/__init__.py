@@ -1,0 +1,1 @@
+"""Attention of one query over all tokens of compressed pages, straight from their bytes."""

@@ -1,0 +1,59 @@
+"""Checks and grid of attention over whole pages."""
+
+from __future__ import annotations
+
+import torch
+
+from mosaic_kernels.attend_pages.kernel import attend_pages_kernel
+from mosaic_kernels.page_batch import PageBatch
+from mosaic_kernels.segment_table import SegmentTable, check_frames, padded
+
+ROWS = 16
+"""Query heads of a KV head, filled up to what a tensor core multiplies."""
+
+
+def attend_pages(
+    q: torch.Tensor, data: torch.Tensor, batch: PageBatch, table: SegmentTable, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention of each item's query over all tokens of its pages, piece by piece.
+
+    Args:
+        q: float32 [items, H, group, k_dim], rotated with the item's epoch; group is 1 to 16.
+        data: uint8 [frames of the pool, frame_bytes].
+        batch: what to read.
+        table: the layer's formats.
+        scale: factor of the logits.
+
+    Returns:
+        out float32 [capacity, H, group, v_dim], rotated, and lse float32 [capacity, H, group] of every piece; those of
+        pieces that are not there are arbitrary.
+
+    Raises:
+        ValueError: shapes or types.
+    """
+    check_frames(data, batch.frames, table)
+    check_queries(q, batch, table)
+    group = q.shape[2]
+    out = torch.empty(batch.capacity, table.heads, group, table.v_dim, device=q.device)
+    lse = torch.empty(batch.capacity, table.heads, group, device=q.device)
+    if batch.capacity:
+        attend_pages_kernel[batch.capacity, table.heads](
+            q, data, data.stride(0), batch.frames, batch.pieces, batch.epochs,
+            table.starts, table.scalars, table.k_words, table.v_words, table.v_levels, out, lse, scale,
+            HEADS=table.heads, GROUP=group, ROWS=ROWS, FORMATS=table.formats, T=table.page_size,
+            DK=padded(table.k_dim), K_DIM=table.k_dim, DV=padded(table.v_dim), V_DIM=table.v_dim,
+            ANY_TOPK=table.any_topk, ANY_EXCEPTIONS=table.any_exceptions, num_warps=4,
+        )  # fmt: skip
+    return out, lse
+
+
+def check_queries(q: torch.Tensor, batch: PageBatch, table: SegmentTable) -> None:
+    """
+    Raises:
+        ValueError: `q` is not a contiguous float32 [items, H, 1 to 16, k_dim].
+    """
+    wanted = len(batch.epochs), table.heads, table.k_dim
+    if q.dim() != 4 or (*q.shape[:2], q.shape[3]) != wanted or not 1 <= q.shape[2] <= ROWS:
+        raise ValueError(f"q must be [{wanted[0]}, {wanted[1]}, 1 to {ROWS}, {wanted[2]}], got {tuple(q.shape)}")
+    if q.dtype != torch.float32 or not q.is_contiguous():
+        raise ValueError(f"q must be contiguous float32, got {q.dtype} with strides {q.stride()}")

@@ -1,0 +1,1 @@
+"""Attention of one query over selected tokens of compressed pages."""

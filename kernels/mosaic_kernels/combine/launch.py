@@ -1,0 +1,57 @@
+"""Checks and grid of the last step of attention."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from mosaic_kernels.attend_pages.launch import ROWS
+from mosaic_kernels.combine.kernel import combine_kernel
+from mosaic_kernels.page_batch import PageBatch
+from mosaic_kernels.segment_table import padded
+
+
+def combine(
+    parts: Sequence[tuple[torch.Tensor, torch.Tensor]],
+    batch: PageBatch,
+    unrotate: torch.Tensor,
+    dense_out: torch.Tensor,
+    dense_lse: torch.Tensor,
+) -> torch.Tensor:
+    """Attention over dense pages and everything that the pieces read.
+
+    Args:
+        parts: one or two of (out float32 [capacity, H, group, v_dim], rotated, and lse [capacity, H, group]).
+        batch: what they read.
+        unrotate: float32 [E, H, v_dim, v_dim], contiguous: rotated output times this is the output.
+        dense_out: [requests, H * group, v_dim] any float, contiguous; dense_lse: [requests, H * group], natural, -inf
+            where a request has no dense tokens.
+
+    Returns:
+        [requests, H * group, v_dim] in the type of `dense_out`; requests without any token: 0.
+
+    Raises:
+        ValueError: shapes or types.
+    """
+    if not 1 <= len(parts) <= 2:
+        raise ValueError(f"parts must be one or two results, got {len(parts)}")
+    capacity, heads, group, v_dim = parts[0][0].shape
+    requests = len(batch.first_item) - 1
+    wanted = requests, heads * group, v_dim
+    if dense_out.shape != wanted or dense_lse.shape != wanted[:2]:
+        found = tuple(dense_out.shape), tuple(dense_lse.shape)
+        raise ValueError(f"dense_out must be {wanted} and dense_lse {wanted[:2]}, got {found[0]} and {found[1]}")
+    if unrotate.shape[1:] != (heads, v_dim, v_dim) or unrotate.dtype != torch.float32:
+        raise ValueError(f"unrotate must be float32 [E, {heads}, {v_dim}, {v_dim}], got {tuple(unrotate.shape)}")
+    tensors = [x for part in parts for x in part]
+    if any(not x.is_contiguous() for x in (*tensors, unrotate, dense_out, dense_lse)):
+        raise ValueError("all tensors must be contiguous")
+    (out_a, lse_a), (out_b, lse_b) = parts[0], parts[-1]
+    result = torch.empty_like(dense_out)
+    combine_kernel[requests, heads](
+        out_a, lse_a, out_b, lse_b, dense_out, dense_lse, unrotate,
+        batch.first_item, batch.first_piece, batch.epochs, result,
+        HEADS=heads, GROUP=group, ROWS=ROWS, DV=padded(v_dim), V_DIM=v_dim, TWO=len(parts) == 2, num_warps=4,
+    )  # fmt: skip
+    return result

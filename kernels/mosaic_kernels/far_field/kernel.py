@@ -1,0 +1,60 @@
+"""Device code of the far field."""
+
+import triton
+import triton.language as tl
+
+from mosaic_kernels.load_segment import PLANES, TOPK, kind_of, mean_values, topk_codes
+
+
+@triton.jit
+def far_field_kernel(
+    far, data, frame_bytes, frames, pieces, epochs, starts, scalars, out, lse, pages,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, FORMATS: tl.constexpr, T: tl.constexpr,
+    PAGES: tl.constexpr, DV: tl.constexpr, V_DIM: tl.constexpr, ANY_TOPK: tl.constexpr,
+):  # fmt: skip
+    """One program: a piece of pages and a KV head. out [pieces, HEADS, GROUP, V_DIM]."""
+    piece, head = tl.program_id(0), tl.program_id(1)
+    item = tl.load(pieces + piece * 3)
+    if item < 0:
+        return
+    first, last = tl.load(pieces + piece * 3 + 1), tl.load(pieces + piece * 3 + 2)
+    of_head = tl.load(epochs + item) * HEADS + head
+    start = tl.load(starts + of_head)
+    r, c = tl.arange(0, ROWS), tl.arange(0, DV)
+    top = tl.full([ROWS], float("-inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    summed = tl.zeros([ROWS, DV], tl.float32)
+    for at in range(first, last, PAGES):
+        page = at + tl.arange(0, PAGES)[:, None]
+        real = page < last
+        segment = data + tl.load(frames + tl.minimum(page, last - 1)).to(tl.int64) * frame_bytes + start
+        number = tl.load(segment).to(tl.int32)
+        means = tl.zeros([PAGES, DV], tl.float32) + tl.where(number < FORMATS, 0.0, float("nan"))
+        for n in tl.static_range(FORMATS):
+            here = number == n
+            if tl.max(here.to(tl.int32)) > 0:
+                row = of_head * FORMATS + n
+                kind = kind_of(scalars, row)
+                if kind == PLANES:
+                    means = tl.where(here, mean_values(segment, scalars, row, DV, V_DIM), means)
+                if ANY_TOPK:
+                    if kind == TOPK:
+                        mean = tl.zeros([PAGES, DV], tl.float32)
+                        for t in range(T):
+                            codes, token = topk_codes(segment, scalars, row, t, V_DIM, 1, DV, V_DIM)
+                            mean += codes * token
+                        means = tl.where(here, mean / T, means)
+        logit_at = far + (head.to(tl.int64) * pages + page) * GROUP + r[None, :]
+        logits = tl.trans(tl.load(logit_at, mask=real & (r < GROUP)[None, :], other=float("-inf")))
+        new_top = tl.maximum(top, tl.max(logits, 1))
+        shift = tl.where(new_top == float("-inf"), 0.0, new_top)
+        weights = tl.exp(logits - shift[:, None])
+        decay = tl.exp(top - shift)
+        total = total * decay + tl.sum(weights, 1)
+        summed = summed * decay[:, None] + tl.dot(weights.to(tl.float16), means.to(tl.float16))
+        top = new_top
+    at = (piece * HEADS + head) * GROUP + r
+    summed = tl.where((total > 0)[:, None], summed / total[:, None], summed)
+    inside = (r < GROUP)[:, None] & (c < V_DIM)[None, :]
+    tl.store(out + at[:, None] * V_DIM + c[None, :], summed, inside)
+    tl.store(lse + at, top + tl.log(total), r < GROUP)

@@ -1,0 +1,1 @@
+"""Approximate logits of all tokens of compressed pages, from the base planes of K's leading channels."""

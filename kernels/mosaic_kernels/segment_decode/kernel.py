@@ -1,0 +1,44 @@
+"""Device code: segments of any format -> K and V in the rotated bases."""
+
+import triton
+import triton.language as tl
+
+from mosaic_kernels.load_segment import (
+    exception_key,
+    exception_token,
+    exception_value,
+    exceptions,
+    find_row,
+    load_keys,
+    load_values,
+)
+
+
+@triton.jit
+def decode_kernel(
+    data, frame_bytes, frames, starts, scalars, k_words, v_words, v_levels, epoch, k_out, v_out, pages,
+    HEADS: tl.constexpr, FORMATS: tl.constexpr, T: tl.constexpr, TILE: tl.constexpr,
+    DK: tl.constexpr, K_DIM: tl.constexpr, DV: tl.constexpr, V_DIM: tl.constexpr,
+    ANY_TOPK: tl.constexpr, ANY_EXCEPTIONS: tl.constexpr,
+):  # fmt: skip
+    """One program: TILE tokens of one page and head. Outputs [HEADS, pages, T, dim]."""
+    page, head, first = tl.program_id(0), tl.program_id(1), tl.program_id(2) * TILE
+    of_head = epoch * HEADS + head
+    segment = data + tl.load(frames + page).to(tl.int64) * frame_bytes + tl.load(starts + of_head)
+    row, kind = find_row(segment, scalars, of_head * FORMATS, FORMATS)
+    t = (first + tl.arange(0, TILE))[:, None]
+    codes, token, channel, offset = load_keys(
+        segment, scalars, k_words, row, kind, t, K_DIM, DK, K_DIM, True, ANY_TOPK, DK
+    )
+    keys = codes * channel * token + offset
+    codes, token, channel, offset = load_values(segment, scalars, v_words, v_levels, row, kind, t, DV, V_DIM, ANY_TOPK)
+    values = codes * (token * channel) + offset
+    if ANY_EXCEPTIONS:
+        for e in range(exceptions(scalars, row, kind)):
+            here = t == exception_token(segment, scalars, row, e)
+            keys = tl.where(here, exception_key(segment, scalars, row, e, K_DIM, DK, K_DIM), keys)
+            values = tl.where(here, exception_value(segment, scalars, row, e, DV, V_DIM), values)
+    at = (head * pages + page).to(tl.int64) * T + t
+    k_channel, v_channel = tl.arange(0, DK)[None, :], tl.arange(0, DV)[None, :]
+    tl.store(k_out + at * K_DIM + k_channel, keys, mask=k_channel < K_DIM)
+    tl.store(v_out + at * V_DIM + v_channel, values, mask=v_channel < V_DIM)

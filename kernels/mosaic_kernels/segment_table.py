@@ -1,0 +1,201 @@
+"""Formats of segments as integers, for kernels that read segments of any format.
+
+A kernel finds a segment's row by its epoch, its KV head and byte 0 of its header, and in it, for every channel, where
+the bits of a token's code lie. So one compiled kernel serves all formats and calibrations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+from mosaic_kernels.segment import ALIGNMENT, GROUP, V_STEPS, Plane, SegmentFormat, TensorPlanes
+from mosaic_kernels.topk.segment import TopKFormat
+
+INVALID, PLANES, TOPK = -1, 0, 1
+"""Kinds of a row; INVALID: no format has this number."""
+
+# Columns of `scalars`. Of planes; offsets are bytes from the start of the segment.
+KIND = 0
+K_CODED, K_SCALES, K_OFFSETS = 1, 2, 3
+V_CODED, V_SCALES, MEAN_V, MEAN_SCALE = 4, 5, 6, 7
+EXCEPTIONS, EXCEPTION_TOKENS, EXCEPTION_K, EXCEPTION_V = 8, 9, 10, 11
+# Of top-k, for K and then for V.
+TOPK_KEEP, TOPK_SCALES, TOPK_BITMAP, TOPK_VALUES = (1, 5), (2, 6), (3, 7), (4, 8)
+SCALARS = 12
+
+# Words of each channel.
+BASE, REFINEMENT, BITS = 0, 1, 2
+"""BASE and REFINEMENT: first byte of the channel's group in that plane | bytes from token to token << 16.
+BITS: base shift | base bits << 4 | refinement shift << 8 | refinement bits << 12."""
+WORDS = 3
+_MOST_BYTES = 1 << 16
+
+
+class HeadFormats(NamedTuple):
+    """One KV head of one epoch."""
+
+    start: int
+    """Its segment's first byte in a frame."""
+    formats: tuple[SegmentFormat | TopKFormat, ...]
+    """By number."""
+    scan_channels: int = 0
+    """Leading channels of K that a scan reads; 0: all."""
+    far_bias: float = 0.0
+    """Added to the logits of its far field; -inf: it has none."""
+
+
+class SegmentTable(NamedTuple):
+    """Tables of the KV heads H of one layer in E epochs; row (e * H + h) * F + n is format n of head h of epoch e."""
+
+    starts: torch.Tensor
+    """int32 [E, H]."""
+    scan_channels: torch.Tensor
+    """int32 [E, H]."""
+    far_bias: torch.Tensor
+    """float32 [E, H]."""
+    scalars: torch.Tensor
+    """int32 [E * H * F, SCALARS]."""
+    k_words: torch.Tensor
+    """int32 [E * H * F, WORDS, K], K the power of two that holds k_dim."""
+    v_words: torch.Tensor
+    """int32 [E * H * F, WORDS, V]."""
+    v_levels: torch.Tensor
+    """float32 [E * H * F, 2, V]: the code that stands for 0, and the step from code to code in scales of the token."""
+    formats: int
+    """F."""
+    page_size: int
+    k_dim: int
+    v_dim: int
+    most_scanned: int
+    """Scan channels of any head."""
+    any_topk: bool
+    any_exceptions: bool
+
+    @property
+    def heads(self) -> int:
+        """KV heads."""
+        return self.starts.shape[1]
+
+
+def make_table(epochs: Sequence[Sequence[HeadFormats]], device: torch.device | str) -> SegmentTable:
+    """The table of one layer.
+
+    Args:
+        epochs: of each epoch, every KV head. All formats are of the same page size and dimensions.
+
+    Raises:
+        ValueError: a format that kernels cannot read, or formats that do not fit together.
+    """
+    heads = [head for epoch in epochs for head in epoch]
+    first = heads[0].formats[0]
+    page_size, k_dim, v_dim = first.page_size, first.k_dim, first.v_dim
+    every = [fmt for head in heads for fmt in head.formats]
+    if any((fmt.page_size, fmt.k_dim, fmt.v_dim) != (page_size, k_dim, v_dim) for fmt in every):
+        raise ValueError(f"formats must all have page_size {page_size}, k_dim {k_dim} and v_dim {v_dim}")
+    if page_size & (page_size - 1) or page_size < GROUP:
+        raise ValueError(f"page_size must be a power of two of at least {GROUP} for kernels, got {page_size}")
+    if any(fmt.segment_bytes >= _MOST_BYTES for fmt in every):
+        raise ValueError(f"a segment must be smaller than {_MOST_BYTES} bytes for kernels")
+    most = max(len(head.formats) for head in heads)
+    rows = len(heads) * most
+    scalars = torch.zeros(rows, SCALARS, dtype=torch.int32)
+    scalars[:, KIND] = INVALID
+    k_words, v_words = (torch.zeros(rows, WORDS, padded(dim), dtype=torch.int32) for dim in (k_dim, v_dim))
+    v_levels = torch.zeros(rows, 2, padded(v_dim))
+    for i, head in enumerate(heads):
+        for n, fmt in enumerate(head.formats):
+            row = i * most + n
+            if isinstance(fmt, TopKFormat):
+                scalars[row] = _topk_scalars(fmt)
+                v_levels[row, 1] = 1.0
+                continue
+            scalars[row] = _planes_scalars(fmt)
+            for words, part in ((k_words, fmt.k), (v_words, fmt.v)):
+                words[row, :, : part.dim] = _words(part)
+            for g, bits in enumerate(fmt.v_bits):
+                if bits:
+                    channels = slice(g * GROUP, (g + 1) * GROUP)
+                    v_levels[row, 0, channels], v_levels[row, 1, channels] = (2**bits - 1) / 2, V_STEPS[bits]
+    scanned = [[head.scan_channels or k_dim for head in epoch] for epoch in epochs]
+    return SegmentTable(
+        torch.tensor([[head.start for head in epoch] for epoch in epochs], dtype=torch.int32, device=device),
+        torch.tensor(scanned, dtype=torch.int32, device=device),
+        torch.tensor([[head.far_bias for head in epoch] for epoch in epochs], device=device),
+        *(x.to(device) for x in (scalars, k_words, v_words, v_levels)),
+        formats=most,
+        page_size=page_size,
+        k_dim=k_dim,
+        v_dim=v_dim,
+        most_scanned=max(map(max, scanned)),
+        any_topk=any(isinstance(fmt, TopKFormat) for fmt in every),
+        any_exceptions=any(isinstance(fmt, SegmentFormat) and fmt.exceptions > 0 for fmt in every),
+    )
+
+
+def check_frames(data: torch.Tensor, frames: torch.Tensor, table: SegmentTable, epoch: int | None = None) -> None:
+    """
+    Raises:
+        ValueError: `data` is not rows of aligned bytes, `frames` no list of rows, or `epoch` not in the table.
+    """
+    if data.dim() != 2 or data.dtype != torch.uint8 or data.stride(1) != 1:
+        raise ValueError(f"data must be uint8 [frames, bytes], bytes next to each other, got {data.dtype} {data.shape}")
+    if data.stride(0) % ALIGNMENT or data.data_ptr() % ALIGNMENT:
+        raise ValueError(f"frames must begin at multiples of {ALIGNMENT} bytes, got a stride of {data.stride(0)}")
+    if frames.dim() != 1 or frames.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"frames must be int32 or int64 [pages], got {frames.dtype} {tuple(frames.shape)}")
+    if epoch is not None and not 0 <= epoch < len(table.starts):
+        raise ValueError(f"epoch must be 0 to {len(table.starts) - 1}, got {epoch}")
+
+
+def padded(dim: int) -> int:
+    """The power of two that holds so many channels."""
+    return 1 << (dim - 1).bit_length()
+
+
+def _planes_scalars(fmt: SegmentFormat) -> torch.Tensor:
+    row = torch.zeros(SCALARS, dtype=torch.int32)
+    values = {
+        KIND: PLANES,
+        K_CODED: fmt.k.coded,
+        K_SCALES: fmt.k.scales,
+        K_OFFSETS: fmt.k.offsets,
+        V_CODED: fmt.v.coded,
+        V_SCALES: fmt.v.scales,
+        MEAN_V: fmt.mean_v,
+        MEAN_SCALE: fmt.mean_scale,
+        EXCEPTIONS: fmt.exceptions,
+        EXCEPTION_TOKENS: fmt.exception_tokens,
+        EXCEPTION_K: fmt.exception_k,
+        EXCEPTION_V: fmt.exception_v,
+    }
+    for column, value in values.items():
+        row[column] = value
+    return row
+
+
+def _topk_scalars(fmt: TopKFormat) -> torch.Tensor:
+    row = torch.zeros(SCALARS, dtype=torch.int32)
+    row[KIND] = TOPK
+    for i, (_, keep, scales, bitmap, values) in enumerate(fmt.parts):
+        row[TOPK_KEEP[i]], row[TOPK_SCALES[i]], row[TOPK_BITMAP[i]], row[TOPK_VALUES[i]] = keep, scales, bitmap, values
+    return row
+
+
+def _words(part: TensorPlanes) -> torch.Tensor:
+    words = torch.zeros(WORDS, part.dim, dtype=torch.int32)
+    for planes, word, low in ((part.base, BASE, 0), (part.refinement, REFINEMENT, 8)):
+        for plane in planes:
+            words[word, plane.channels], shifts = _plane_words(plane)
+            words[BITS, plane.channels] |= shifts << low | plane.bits << low + 4
+    return words
+
+
+def _plane_words(plane: Plane) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of the plane's channels: first byte and stride of BASE or REFINEMENT; shift."""
+    channel = torch.arange(plane.groups * GROUP, dtype=torch.int32)
+    group, inside = channel // GROUP, channel % GROUP
+    width = 2 * plane.bits
+    return plane.start + group * width + inside % width | plane.groups * width << 16, inside // width * plane.bits
