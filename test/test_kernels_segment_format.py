@@ -47,7 +47,8 @@ def tables(fmt):
 def planes(fmt, kind):
     for part in (fmt.k, fmt.v):
         for plane in getattr(part, kind):
-            yield plane.start, fmt.page_size * plane.groups * 2 * plane.bits
+            rows = -(-fmt.page_size // (2 if plane.bits == 1 else 1))
+            yield plane.start, rows * plane.groups * (4 if plane.bits == 1 else 2 * plane.bits)
 
 
 def assert_tiled(parts, first, last):
@@ -167,11 +168,12 @@ def test_limits_are_accepted(change):
 
 def bit_field(data, plane, token, channel):
     """The bits of one value, as Plane documents them."""
-    width = 2 * plane.bits
     group, within = divmod(channel, GROUP)
+    row, half = divmod(token, 2) if plane.bits == 1 else (token, 0)
+    width = {1: 4, 2: 4, 4: 8}[plane.bits]
     i, j = divmod(within, width)
-    byte = data[plane.start + (token * plane.groups + group - plane.first) * width + j]
-    return byte >> plane.bits * i & (1 << plane.bits) - 1
+    byte = data[plane.start + (row * plane.groups + group - plane.first) * width + j]
+    return byte >> plane.bits * i + 4 * half & (1 << plane.bits) - 1
 
 
 def read_code(data, part, token, channel, refined):

@@ -6,6 +6,8 @@ import itertools
 from dataclasses import dataclass
 from functools import cached_property
 
+REVISION = 3
+"""Changes whenever bytes of one format come to mean something else."""
 GROUP = 16  # channels that share a bit width
 BASE_BITS = {0: 0, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 8: 4}
 """Bits per value that a group may get -> how many of them are in its base plane; the others refine it."""
@@ -22,10 +24,15 @@ HEADER = 16  # bytes; what they mean is the codec's business
 
 @dataclass(frozen=True)
 class Plane:
-    """Some bits of the codes of consecutive groups, [page_size, groups, 2 * bits] uint8 from byte `start`.
+    """Some bits of the codes of consecutive groups, uint8 [rows, groups, group_bytes] from byte `start`.
 
-    Token-major, so that one token's codes are consecutive. Byte j of a group holds the channels j + i * 2 * bits of the
-    group, i = 0 .. 8 / bits - 1, lowest bits first.
+    A row is one token, so that its codes are consecutive, or, with one bit, two tokens: then a group, too, has a whole
+    32-bit word, from which one shift and one mask make the codes of four channels. Lowest bits first, byte j of a group
+    holds
+
+    - four bits: the channels j and j + 8 of the group;
+    - two bits: the channels j, j + 4, j + 8 and j + 12;
+    - one bit: the channels j, j + 4, j + 8 and j + 12 of the even token, then of the odd one.
     """
 
     bits: int
@@ -38,6 +45,20 @@ class Plane:
     def channels(self) -> slice:
         """The channels that the plane covers."""
         return slice(self.first * GROUP, (self.first + self.groups) * GROUP)
+
+    @property
+    def row_tokens(self) -> int:
+        """Tokens of a row."""
+        return 2 if self.bits == 1 else 1
+
+    @property
+    def group_bytes(self) -> int:
+        """Bytes of a group in a row."""
+        return 2 * self.bits * self.row_tokens
+
+    def nbytes(self, page_size: int) -> int:
+        """Bytes of the plane."""
+        return -(-page_size // self.row_tokens) * self.groups * self.group_bytes
 
 
 @dataclass(frozen=True)
@@ -166,9 +187,7 @@ class SegmentFormat:
             return take(-at % ALIGNMENT)
 
         def planes(runs: list[tuple[int, int, int]]) -> tuple[Plane, ...]:
-            return tuple(
-                Plane(bits, first, groups, take(self.page_size * groups * 2 * bits)) for bits, first, groups in runs
-            )
+            return tuple(Plane(*run, start=take(Plane(*run, start=0).nbytes(self.page_size))) for run in runs)
 
         k_coded, v_coded = (sum(b > 0 for b in bits) * GROUP for bits in (self.k_bits, self.v_bits))
         # Parts of two bytes a value first, so that they are aligned.

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-from mosaic_kernels.segment import ALIGNMENT, GROUP, V_STEPS, Plane, SegmentFormat, TensorPlanes
+from mosaic_kernels.segment import ALIGNMENT, GROUP, V_STEPS, SegmentFormat, TensorPlanes
 from mosaic_kernels.topk.segment import TopKFormat
 
 INVALID, PLANES, TOPK = -1, 0, 1
@@ -26,10 +26,10 @@ EXCEPTIONS, EXCEPTION_TOKENS, EXCEPTION_K, EXCEPTION_V = 8, 9, 10, 11
 TOPK_KEEP, TOPK_SCALES, TOPK_BITMAP, TOPK_VALUES = (1, 5), (2, 6), (3, 7), (4, 8)
 SCALARS = 12
 
-# Words of each channel.
+# Words of each group of 16 channels.
 BASE, REFINEMENT, BITS = 0, 1, 2
-"""BASE and REFINEMENT: first byte of the channel's group in that plane | bytes from token to token << 16.
-BITS: base shift | base bits << 4 | refinement shift << 8 | refinement bits << 12."""
+"""BASE and REFINEMENT: first byte of the group in that plane | bytes from row to row of the plane << 16.
+BITS: bits of the base | bits of the refinement << 8."""
 WORDS = 3
 _MOST_BYTES = 1 << 16
 
@@ -59,11 +59,11 @@ class SegmentTable(NamedTuple):
     scalars: torch.Tensor
     """int32 [E * H * F, SCALARS]."""
     k_words: torch.Tensor
-    """int32 [E * H * F, WORDS, K], K the power of two that holds k_dim."""
+    """int32 [E * H * F, WORDS, groups], as many groups as in the power of two that holds k_dim."""
     v_words: torch.Tensor
-    """int32 [E * H * F, WORDS, V]."""
+    """int32 [E * H * F, WORDS, groups], of V."""
     v_levels: torch.Tensor
-    """float32 [E * H * F, 2, V]: the code that stands for 0, and the step from code to code in scales of the token."""
+    """float32 [E * H * F, 2, groups]: the code that stands for 0, and the step between codes in scales of the token."""
     formats: int
     """F."""
     page_size: int
@@ -103,22 +103,20 @@ def make_table(epochs: Sequence[Sequence[HeadFormats]], device: torch.device | s
     rows = len(heads) * most
     scalars = torch.zeros(rows, SCALARS, dtype=torch.int32)
     scalars[:, KIND] = INVALID
-    k_words, v_words = (torch.zeros(rows, WORDS, padded(dim), dtype=torch.int32) for dim in (k_dim, v_dim))
-    v_levels = torch.zeros(rows, 2, padded(v_dim))
+    k_words, v_words = (torch.zeros(rows, WORDS, padded(dim) // GROUP, dtype=torch.int32) for dim in (k_dim, v_dim))
+    v_levels = torch.zeros(rows, 2, padded(v_dim) // GROUP)
     for i, head in enumerate(heads):
         for n, fmt in enumerate(head.formats):
             row = i * most + n
             if isinstance(fmt, TopKFormat):
                 scalars[row] = _topk_scalars(fmt)
-                v_levels[row, 1] = 1.0
                 continue
             scalars[row] = _planes_scalars(fmt)
             for words, part in ((k_words, fmt.k), (v_words, fmt.v)):
-                words[row, :, : part.dim] = _words(part)
+                words[row, :, : part.dim // GROUP] = _words(part)
             for g, bits in enumerate(fmt.v_bits):
                 if bits:
-                    channels = slice(g * GROUP, (g + 1) * GROUP)
-                    v_levels[row, 0, channels], v_levels[row, 1, channels] = (2**bits - 1) / 2, V_STEPS[bits]
+                    v_levels[row, 0, g], v_levels[row, 1, g] = (2**bits - 1) / 2, V_STEPS[bits]
     scanned = [[head.scan_channels or k_dim for head in epoch] for epoch in epochs]
     return SegmentTable(
         torch.tensor([[head.start for head in epoch] for epoch in epochs], dtype=torch.int32, device=device),
@@ -185,17 +183,11 @@ def _topk_scalars(fmt: TopKFormat) -> torch.Tensor:
 
 
 def _words(part: TensorPlanes) -> torch.Tensor:
-    words = torch.zeros(WORDS, part.dim, dtype=torch.int32)
+    words = torch.zeros(WORDS, part.dim // GROUP, dtype=torch.int32)
     for planes, word, low in ((part.base, BASE, 0), (part.refinement, REFINEMENT, 8)):
         for plane in planes:
-            words[word, plane.channels], shifts = _plane_words(plane)
-            words[BITS, plane.channels] |= shifts << low | plane.bits << low + 4
+            groups = slice(plane.first, plane.first + plane.groups)
+            first = plane.start + torch.arange(plane.groups, dtype=torch.int32) * plane.group_bytes
+            words[word, groups] = first | plane.groups * plane.group_bytes << 16
+            words[BITS, groups] |= plane.bits << low
     return words
-
-
-def _plane_words(plane: Plane) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of the plane's channels: first byte and stride of BASE or REFINEMENT; shift."""
-    channel = torch.arange(plane.groups * GROUP, dtype=torch.int32)
-    group, inside = channel // GROUP, channel % GROUP
-    width = 2 * plane.bits
-    return plane.start + group * width + inside % width | plane.groups * width << 16, inside // width * plane.bits

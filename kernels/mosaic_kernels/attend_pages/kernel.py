@@ -1,32 +1,83 @@
-"""Device code: attention over all tokens of a piece of an item, flash-decoding's online softmax over its pages."""
+"""Device code: attention over all tokens of a piece of an item, flash-decoding's online softmax over its pages.
+
+Tokens or channels lie along the first dimension and query heads along the second: tensor cores then multiply tiles of
+64 tokens or channels, not of a handful of query heads.
+"""
 
 import triton
 import triton.language as tl
 
 from mosaic_kernels.load_segment import (
+    INVALID,
+    TOPK,
     exception_key,
     exception_token,
     exception_value,
     exceptions,
     find_row,
-    load_keys,
-    load_values,
+    mean_values,
+    plane_keys,
+    plane_values,
+    topk_codes,
+    value_channels,
 )
 
-
-@triton.jit
-def score(q, codes, token_scale, channel_scale, offset):
-    """Logits float32 [R, T] of rows q [R, D] against keys of one segment (load_segment.py)."""
-    logits = tl.dot((q * channel_scale).to(tl.float16), tl.trans(codes.to(tl.float16)))
-    return logits * tl.trans(token_scale) + tl.sum(q * offset, 1)[:, None]
+LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def weigh(weights, codes, token_scale, channel_scale, offset):
-    """Sum of values of one segment by weights [R, T], 0 for what is not to be read: float32 [R, D]."""
-    scaled = tl.where(weights == 0, 0.0, weights * tl.trans(token_scale))
-    summed = tl.dot(scaled.to(tl.float16), codes.to(tl.float16))
-    return summed * channel_scale + tl.sum(weights, 1)[:, None] * offset
+def page_logits(
+    q, segment, scalars, words, row, kind, t, channels,
+    D: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, REFINED: tl.constexpr,
+    ANY_TOPK: tl.constexpr, ANY_EXCEPTIONS: tl.constexpr,
+):  # fmt: skip
+    """Logits float32 [T, R] of scaled queries float16 [D, R] against the tokens `t` of one segment (`plane_keys`)."""
+    logits = tl.dot(tl.trans(plane_keys(segment, scalars, words, row, t, channels, D, REFINED, WIDTH)), q)
+    if ANY_TOPK:
+        if kind == TOPK:
+            codes, token_scale = topk_codes(segment, scalars, row, t, channels, 0, D, DIM)
+            logits = tl.dot(tl.trans(codes), q) * tl.trans(token_scale)
+    if ANY_EXCEPTIONS:
+        for e in range(exceptions(scalars, row, kind)):
+            here = tl.trans(t) == exception_token(segment, scalars, row, e)
+            exact = tl.sum(q.to(tl.float32) * exception_key(segment, scalars, row, e, channels, D, DIM), 0)
+            logits = tl.where(here, exact[None, :], logits)
+    # NaN marks what was never encoded: wrong data must not pass for an answer.
+    return tl.where(kind == INVALID, float("nan"), logits)
+
+
+@triton.jit
+def page_values(
+    weights, segment, scalars, words, levels, row, kind, t,
+    D: tl.constexpr, DIM: tl.constexpr, ANY_TOPK: tl.constexpr, ANY_EXCEPTIONS: tl.constexpr,
+):  # fmt: skip
+    """Sums float32 [D, R] of the tokens' values by weights [T, R]."""
+    if ANY_EXCEPTIONS:
+        exact = tl.zeros([D, weights.shape[1]], tl.float32)
+        for e in range(exceptions(scalars, row, kind)):
+            here = tl.trans(t) == exception_token(segment, scalars, row, e)
+            weight = tl.sum(tl.where(here, weights, 0.0), 0)
+            exact += exception_value(segment, scalars, row, e, D, DIM) * weight[None, :]
+            weights = tl.where(here, 0.0, weights)
+    values, token_scale = plane_values(segment, scalars, words, levels, row, t, D, DIM)
+    summed = tl.dot(values, _scaled(weights, token_scale))
+    coded = value_channels(scalars, row)
+    if coded < DIM:
+        means = tl.where(tl.arange(0, D)[:, None] < coded, 0.0, mean_values(segment, scalars, row, D, DIM))
+        summed += means * tl.sum(weights, 0)[None, :]
+    if ANY_TOPK:
+        if kind == TOPK:
+            codes, token_scale = topk_codes(segment, scalars, row, t, DIM, 1, D, DIM)
+            summed = tl.dot(codes, _scaled(weights, token_scale))
+    if ANY_EXCEPTIONS:
+        summed += exact
+    return summed
+
+
+@triton.jit
+def _scaled(weights, token_scale):
+    # Exceptions have no weight left and any scale.
+    return tl.where(weights == 0, 0.0, weights * tl.trans(token_scale)).to(tl.float16)
 
 
 @triton.jit
@@ -44,41 +95,31 @@ def attend_pages_kernel(
     first, last = tl.load(pieces + piece * 3 + 1), tl.load(pieces + piece * 3 + 2)
     of_head = tl.load(epochs + item) * HEADS + head
     start = tl.load(starts + of_head)
-    r, t = tl.arange(0, ROWS), tl.arange(0, T)[:, None]
-    k_channel, v_channel = tl.arange(0, DK)[None, :], tl.arange(0, DV)[None, :]
-    q_at = q + ((item * HEADS + head) * GROUP + r)[:, None] * K_DIM + k_channel
-    rows = tl.load(q_at, mask=(r < GROUP)[:, None] & (k_channel < K_DIM), other=0) * scale
+    r, t = tl.arange(0, ROWS), tl.arange(0, T)[None, :]
+    k_channel, v_channel = tl.arange(0, DK)[:, None], tl.arange(0, DV)[:, None]
+    q_at = q + ((item * HEADS + head) * GROUP + r)[None, :] * K_DIM + k_channel
+    rows = tl.load(q_at, mask=(r < GROUP)[None, :] & (k_channel < K_DIM), other=0) * (scale * LOG2_E)
+    rows = rows.to(tl.float16)
     top = tl.full([ROWS], float("-inf"), tl.float32)
-    total = tl.zeros([ROWS], tl.float32)
-    summed = tl.zeros([ROWS, DV], tl.float32)
+    # Summed over the tokens at the end only.
+    total = tl.zeros([T, ROWS], tl.float32)
+    summed = tl.zeros([DV, ROWS], tl.float32)
     for page in range(first, last):
         segment = data + tl.load(frames + page).to(tl.int64) * frame_bytes + start
         row, kind = find_row(segment, scalars, of_head * FORMATS, FORMATS)
-        codes, token_scale, channel_scale, offset = load_keys(
-            segment, scalars, k_words, row, kind, t, K_DIM, DK, K_DIM, True, ANY_TOPK, DK
+        logits = page_logits(
+            rows, segment, scalars, k_words, row, kind, t, K_DIM, DK, K_DIM, DK, True, ANY_TOPK, ANY_EXCEPTIONS
         )
-        logits = score(rows, codes, token_scale, channel_scale, offset)
-        if ANY_EXCEPTIONS:
-            for e in range(exceptions(scalars, row, kind)):
-                here = tl.trans(t) == exception_token(segment, scalars, row, e)
-                exact = tl.sum(rows * exception_key(segment, scalars, row, e, K_DIM, DK, K_DIM), 1)
-                logits = tl.where(here, exact[:, None], logits)
-        new_top = tl.maximum(top, tl.max(logits, 1))
-        weights = tl.exp(logits - new_top[:, None])
-        decay = tl.exp(top - new_top)
-        total = total * decay + tl.sum(weights, 1)
-        summed = summed * decay[:, None]
+        new_top = tl.maximum(top, tl.max(logits, 0))
+        weights = tl.exp2(logits - new_top[None, :])
+        decay = tl.exp2(top - new_top)
+        total = total * decay[None, :] + weights
+        summed = summed * decay[None, :] + page_values(
+            weights, segment, scalars, v_words, v_levels, row, kind, t, DV, V_DIM, ANY_TOPK, ANY_EXCEPTIONS
+        )
         top = new_top
-        if ANY_EXCEPTIONS:
-            for e in range(exceptions(scalars, row, kind)):
-                here = tl.trans(t) == exception_token(segment, scalars, row, e)
-                weight = tl.sum(tl.where(here, weights, 0.0), 1)
-                summed += weight[:, None] * exception_value(segment, scalars, row, e, DV, V_DIM)
-                weights = tl.where(here, 0.0, weights)
-        codes, token_scale, channel_scale, offset = load_values(
-            segment, scalars, v_words, v_levels, row, kind, t, DV, V_DIM, ANY_TOPK
-        )
-        summed += weigh(weights, codes, token_scale, channel_scale, offset)
+    total = tl.sum(total, 0)
     at = (piece * HEADS + head) * GROUP + r
-    tl.store(out + at[:, None] * V_DIM + v_channel, summed / total[:, None], (r < GROUP)[:, None] & (v_channel < V_DIM))
-    tl.store(lse + at, top + tl.log(total), r < GROUP)
+    inside = (r < GROUP)[None, :] & (v_channel < V_DIM)
+    tl.store(out + at[None, :] * V_DIM + v_channel, summed / total[None, :], inside)
+    tl.store(lse + at, (top + tl.log2(total)) / LOG2_E, r < GROUP)

@@ -3,17 +3,20 @@
 import triton
 import triton.language as tl
 
+from mosaic_kernels.attend_pages.kernel import LOG2_E
 from mosaic_kernels.load_segment import (
-    PLANES,
+    INVALID,
     TOPK,
     exception_key,
     exception_token,
     exception_value,
     exceptions,
-    kind_of,
+    find_row,
+    mean_values,
     plane_keys,
     plane_values,
     topk_codes,
+    value_channels,
 )
 
 
@@ -35,56 +38,61 @@ def attend_selected_kernel(
     of_head = tl.load(epochs + item) * HEADS + head
     start = tl.load(starts + of_head)
     r = tl.arange(0, ROWS)
-    k_channel, v_channel = tl.arange(0, DK)[None, :], tl.arange(0, DV)[None, :]
-    q_at = q + ((item * HEADS + head) * GROUP + r)[:, None] * K_DIM + k_channel
-    rows = tl.load(q_at, mask=(r < GROUP)[:, None] & (k_channel < K_DIM), other=0) * scale
+    k_channel, v_channel = tl.arange(0, DK)[:, None], tl.arange(0, DV)[:, None]
+    q_at = q + ((item * HEADS + head) * GROUP + r)[None, :] * K_DIM + k_channel
+    rows = tl.load(q_at, mask=(r < GROUP)[None, :] & (k_channel < K_DIM), other=0) * (scale * LOG2_E)
     rows = rows.to(tl.float16)
     top = tl.full([ROWS], float("-inf"), tl.float32)
-    total = tl.zeros([ROWS], tl.float32)
-    summed = tl.zeros([ROWS, DV], tl.float32)
+    # Summed over the tokens at the end only.
+    total = tl.zeros([TILE, ROWS], tl.float32)
+    summed = tl.zeros([DV, ROWS], tl.float32)
     for at in range(first, last, TILE):
-        slot = at + tl.arange(0, TILE)[:, None]
+        slot = at + tl.arange(0, TILE)[None, :]
         real = slot < last
         # Beyond the end, the first token again: it is there.
         found = tl.load(tokens + head.to(tl.int64) * room + tl.where(real, slot, first))
         page, t = found // T, found % T
         segment = data + tl.load(frames + page).to(tl.int64) * frame_bytes + start
-        number = tl.load(segment).to(tl.int32)
+        row, kind = find_row(segment, scalars, of_head * FORMATS, FORMATS)
+        keys = plane_keys(segment, scalars, k_words, row, t, K_DIM, DK, True, DK)
+        values, token_scale = plane_values(segment, scalars, v_words, v_levels, row, t, DV, V_DIM)
+        coded = value_channels(scalars, row)
+        means = tl.zeros([DV, TILE], tl.float16)
+        if tl.min(coded) < V_DIM:
+            means = mean_values(segment, scalars, row, DV, V_DIM)
+            means = tl.where(v_channel < coded, 0.0, means).to(tl.float16)
+        if ANY_TOPK:
+            sparse = kind == TOPK
+            if tl.max(sparse.to(tl.int32)) > 0:
+                codes, token = topk_codes(segment, scalars, row, t, K_DIM, 0, DK, K_DIM)
+                keys = tl.where(sparse, (codes * token).to(tl.float16), keys)
+                codes, token = topk_codes(segment, scalars, row, t, V_DIM, 1, DV, V_DIM)
+                values, token_scale = tl.where(sparse, codes, values), tl.where(sparse, token, token_scale)
+                means = tl.where(sparse, 0.0, means).to(tl.float16)
+        if ANY_EXCEPTIONS:
+            kept = exceptions(scalars, row, kind)
+            for e in range(tl.max(kept)):
+                here = (e < kept) & (t == exception_token(segment, scalars, row, e))
+                if tl.max(here.to(tl.int32)) > 0:
+                    exact = exception_key(segment, scalars, row, e, K_DIM, DK, K_DIM).to(tl.float16)
+                    keys = tl.where(here, exact, keys)
+                    exact = exception_value(segment, scalars, row, e, DV, V_DIM).to(tl.float16)
+                    means = tl.where(here, exact, means)
+                    token_scale = tl.where(here, 0.0, token_scale)
         # NaN marks what was never encoded.
-        unknown = tl.where(number < FORMATS, 0.0, float("nan"))
-        keys = tl.zeros([TILE, DK], tl.float32) + unknown
-        values = tl.zeros([TILE, DV], tl.float32) + unknown
-        for n in tl.static_range(FORMATS):
-            here = number == n
-            if tl.max(here.to(tl.int32)) > 0:
-                row = of_head * FORMATS + n
-                kind = kind_of(scalars, row)
-                if kind == PLANES:
-                    codes, channel, offset = plane_keys(segment, scalars, k_words, row, t, K_DIM, DK, True, DK)
-                    keys = tl.where(here, codes * channel + offset, keys)
-                    codes, token, channel, offset = plane_values(segment, scalars, v_words, v_levels, row, t, DV, V_DIM)
-                    values = tl.where(here, codes * (token * channel) + offset, values)
-                if ANY_TOPK:
-                    if kind == TOPK:
-                        codes, token = topk_codes(segment, scalars, row, t, K_DIM, 0, DK, K_DIM)
-                        keys = tl.where(here, codes * token, keys)
-                        codes, token = topk_codes(segment, scalars, row, t, V_DIM, 1, DV, V_DIM)
-                        values = tl.where(here, codes * token, values)
-                if ANY_EXCEPTIONS:
-                    for e in range(exceptions(scalars, row, kind)):
-                        this = here & (t == exception_token(segment, scalars, row, e))
-                        if tl.max(this.to(tl.int32)) > 0:
-                            keys = tl.where(this, exception_key(segment, scalars, row, e, K_DIM, DK, K_DIM), keys)
-                            values = tl.where(this, exception_value(segment, scalars, row, e, DV, V_DIM), values)
-        logits = tl.dot(rows, tl.trans(keys.to(tl.float16)))
+        keys = tl.where(kind == INVALID, float("nan"), keys).to(tl.float16)
+        logits = tl.dot(tl.trans(keys), rows)
         logits = tl.where(tl.trans(real), logits, float("-inf"))
-        new_top = tl.maximum(top, tl.max(logits, 1))
-        weights = tl.exp(logits - new_top[:, None])
-        decay = tl.exp(top - new_top)
-        total = total * decay + tl.sum(weights, 1)
-        summed = summed * decay[:, None] + tl.dot(weights.to(tl.float16), values.to(tl.float16))
+        new_top = tl.maximum(top, tl.max(logits, 0))
+        weights = tl.exp2(logits - new_top[None, :])
+        decay = tl.exp2(top - new_top)
+        total = total * decay[None, :] + weights
+        summed = summed * decay[None, :]
+        summed += tl.dot(values, (weights * tl.trans(token_scale)).to(tl.float16))
+        summed += tl.dot(means, weights.to(tl.float16))
         top = new_top
+    total = tl.sum(total, 0)
     at = (piece * HEADS + head) * GROUP + r
-    summed = tl.where((total > 0)[:, None], summed / total[:, None], summed)
-    tl.store(out + at[:, None] * V_DIM + v_channel, summed, (r < GROUP)[:, None] & (v_channel < V_DIM))
-    tl.store(lse + at, top + tl.log(total), r < GROUP)
+    summed = tl.where((total > 0)[None, :], summed / total[None, :], summed)
+    tl.store(out + at[None, :] * V_DIM + v_channel, summed, (r < GROUP)[None, :] & (v_channel < V_DIM))
+    tl.store(lse + at, (top + tl.log2(total)) / LOG2_E, r < GROUP)

@@ -44,5 +44,5 @@ def combine_kernel(
         basis = unrotate + (tl.load(epochs + item) * HEADS + head) * V_DIM * V_DIM
         square = (c < V_DIM)[:, None] & (c < V_DIM)[None, :]
         turn = tl.load(basis + c[:, None] * V_DIM + c[None, :], mask=square, other=0)
-        out, lse = _add(out, lse, tl.dot(mine, turn, input_precision="ieee"), total)
+        out, lse = _add(out, lse, tl.dot(mine, turn, input_precision="tf32x3"), total)
     tl.store(result + dense_at[:, None] * V_DIM + c[None, :], out.to(result.dtype.element_ty), mask=inside)

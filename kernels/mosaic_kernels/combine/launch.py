@@ -6,10 +6,12 @@ from collections.abc import Sequence
 
 import torch
 
-from mosaic_kernels.attend_pages.launch import ROWS
+from mosaic_kernels.attend_pages.launch import MOST_ROWS
 from mosaic_kernels.combine.kernel import combine_kernel
 from mosaic_kernels.page_batch import PageBatch
 from mosaic_kernels.segment_table import padded
+
+WARPS = 8
 
 
 def combine(
@@ -52,6 +54,7 @@ def combine(
     combine_kernel[requests, heads](
         out_a, lse_a, out_b, lse_b, dense_out, dense_lse, unrotate,
         batch.first_item, batch.first_piece, batch.epochs, result,
-        HEADS=heads, GROUP=group, ROWS=ROWS, DV=padded(v_dim), V_DIM=v_dim, TWO=len(parts) == 2, num_warps=4,
+        HEADS=heads, GROUP=group, ROWS=MOST_ROWS, DV=padded(v_dim), V_DIM=v_dim, TWO=len(parts) == 2,
+        num_warps=WARPS,
     )  # fmt: skip
     return result

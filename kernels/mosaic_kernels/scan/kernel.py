@@ -3,8 +3,8 @@
 import triton
 import triton.language as tl
 
-from mosaic_kernels.attend_pages.kernel import score
-from mosaic_kernels.load_segment import exception_key, exception_token, exceptions, find_row, load_keys
+from mosaic_kernels.attend_pages.kernel import page_logits
+from mosaic_kernels.load_segment import find_row
 from mosaic_kernels.scan import keys as of_keys
 
 KEYS = tl.constexpr(of_keys.KEYS)
@@ -27,29 +27,25 @@ def scan_kernel(
     first, last = tl.load(pieces + piece * 3 + 1), tl.load(pieces + piece * 3 + 2)
     of_head = tl.load(epochs + item) * HEADS + head
     start, channels = tl.load(starts + of_head), tl.load(scan_channels + of_head)
-    r, t, c = tl.arange(0, ROWS), tl.arange(0, T)[:, None], tl.arange(0, DS)
+    r, t, c = tl.arange(0, ROWS), tl.arange(0, T), tl.arange(0, DS)[:, None]
     real = r < GROUP
-    q_at = q + ((item * HEADS + head) * GROUP + r)[:, None] * K_DIM + c[None, :]
-    rows = tl.load(q_at, mask=real[:, None] & (c < channels)[None, :], other=0) * scale
+    q_at = q + ((item * HEADS + head) * GROUP + r)[None, :] * K_DIM + c
+    rows = tl.load(q_at, mask=real[None, :] & (c < channels), other=0) * scale
+    rows = rows.to(tl.float16)
     known = tl.load(known_lse + (tl.load(requests + item) * HEADS + head) * GROUP + r, mask=real, other=0)
     known = tl.where(known == float("-inf"), 0.0, known)
     for page in range(first, last):
         segment = data + tl.load(frames + page).to(tl.int64) * frame_bytes + start
         row, kind = find_row(segment, scalars, of_head * FORMATS, FORMATS)
-        codes, token_scale, channel_scale, offset = load_keys(
-            segment, scalars, k_words, row, kind, t, channels, DS, K_DIM, False, ANY_TOPK, DK
-        )
-        logits = score(rows, codes, token_scale, channel_scale, offset)
-        if ANY_EXCEPTIONS:
-            for e in range(exceptions(scalars, row, kind)):
-                here = tl.trans(t) == exception_token(segment, scalars, row, e)
-                exact = tl.sum(rows * exception_key(segment, scalars, row, e, channels, DS, K_DIM), 1)
-                logits = tl.where(here, exact[:, None], logits)
-        share = tl.max(tl.where(real[:, None], logits - known[:, None], float("-inf")), 0)
+        logits = page_logits(
+            rows, segment, scalars, k_words, row, kind, t[None, :], channels,
+            DS, K_DIM, DK, False, ANY_TOPK, ANY_EXCEPTIONS,
+        )  # fmt: skip
+        share = tl.max(tl.where(real[None, :], logits - known[None, :], float("-inf")), 1)
         key = tl.floor((share - LOWEST) * STEPS + 0.5)
         key = tl.where(key == key, tl.minimum(tl.maximum(key, 0.0), KEYS - 1.0), KEYS - 1.0)
         at = (head * pages + page).to(tl.int64)
-        tl.store(keys + at * T + tl.arange(0, T), key.to(tl.int16))
-        top = tl.max(logits, 1)
-        lse = top + tl.log(tl.sum(tl.exp(logits - top[:, None]), 1))
+        tl.store(keys + at * T + t, key.to(tl.int16))
+        top = tl.max(logits, 0)
+        lse = top + tl.log(tl.sum(tl.exp(logits - top[None, :]), 0))
         tl.store(page_lse + at * GROUP + r, lse, mask=real)

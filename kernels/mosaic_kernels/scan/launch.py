@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import torch
 
-from mosaic_kernels.attend_pages.launch import ROWS, check_queries
+from mosaic_kernels.attend_pages.launch import check_queries, query_rows
 from mosaic_kernels.page_batch import PageBatch
 from mosaic_kernels.scan.kernel import scan_kernel
 from mosaic_kernels.segment_table import SegmentTable, check_frames, padded
+
+WARPS, STAGES = 1, 1  # sums over a page then cross no barrier
 
 
 def scan(
@@ -49,8 +51,8 @@ def scan(
         scan_kernel[batch.capacity, table.heads](
             q, data, data.stride(0), batch.frames, batch.pieces, batch.epochs, batch.requests,
             table.starts, table.scan_channels, table.scalars, table.k_words, known_lse, keys, page_lse, pages, scale,
-            HEADS=table.heads, GROUP=group, ROWS=ROWS, FORMATS=table.formats, T=table.page_size,
+            HEADS=table.heads, GROUP=group, ROWS=query_rows(group), FORMATS=table.formats, T=table.page_size,
             DS=max(padded(table.most_scanned), 16), K_DIM=table.k_dim, DK=padded(table.k_dim),
-            ANY_TOPK=table.any_topk, ANY_EXCEPTIONS=table.any_exceptions, num_warps=4,
+            ANY_TOPK=table.any_topk, ANY_EXCEPTIONS=table.any_exceptions, num_warps=WARPS, num_stages=STAGES,
         )  # fmt: skip
     return keys, page_lse

@@ -4,13 +4,18 @@ import triton
 import triton.language as tl
 
 from mosaic_kernels.load_segment import (
+    PLANES,
+    TOPK,
     exception_key,
     exception_token,
     exception_value,
     exceptions,
     find_row,
-    load_keys,
-    load_values,
+    key_codes,
+    mean_values,
+    plane_values,
+    topk_codes,
+    value_channels,
 )
 
 
@@ -26,19 +31,29 @@ def decode_kernel(
     of_head = epoch * HEADS + head
     segment = data + tl.load(frames + page).to(tl.int64) * frame_bytes + tl.load(starts + of_head)
     row, kind = find_row(segment, scalars, of_head * FORMATS, FORMATS)
-    t = (first + tl.arange(0, TILE))[:, None]
-    codes, token, channel, offset = load_keys(
-        segment, scalars, k_words, row, kind, t, K_DIM, DK, K_DIM, True, ANY_TOPK, DK
-    )
-    keys = codes * channel * token + offset
-    codes, token, channel, offset = load_values(segment, scalars, v_words, v_levels, row, kind, t, DV, V_DIM, ANY_TOPK)
-    values = codes * (token * channel) + offset
+    t = (first + tl.arange(0, TILE))[None, :]
+    # NaN marks what was never encoded.
+    keys = tl.full([DK, TILE], float("nan"), tl.float32)
+    values = tl.full([DV, TILE], float("nan"), tl.float32)
+    if kind == PLANES:
+        codes, scale, offset = key_codes(segment, scalars, k_words, row, t, DK, K_DIM)
+        keys = codes.to(tl.float32) * scale + offset
+        values, token = plane_values(segment, scalars, v_words, v_levels, row, t, DV, V_DIM)
+        means = mean_values(segment, scalars, row, DV, V_DIM)
+        coded = tl.arange(0, DV)[:, None] < value_channels(scalars, row)
+        values = tl.where(coded, values.to(tl.float32) * token, means)
+    if ANY_TOPK:
+        if kind == TOPK:
+            codes, token = topk_codes(segment, scalars, row, t, K_DIM, 0, DK, K_DIM)
+            keys = codes.to(tl.float32) * token
+            codes, token = topk_codes(segment, scalars, row, t, V_DIM, 1, DV, V_DIM)
+            values = codes.to(tl.float32) * token
     if ANY_EXCEPTIONS:
         for e in range(exceptions(scalars, row, kind)):
             here = t == exception_token(segment, scalars, row, e)
             keys = tl.where(here, exception_key(segment, scalars, row, e, K_DIM, DK, K_DIM), keys)
             values = tl.where(here, exception_value(segment, scalars, row, e, DV, V_DIM), values)
     at = (head * pages + page).to(tl.int64) * T + t
-    k_channel, v_channel = tl.arange(0, DK)[None, :], tl.arange(0, DV)[None, :]
+    k_channel, v_channel = tl.arange(0, DK)[:, None], tl.arange(0, DV)[:, None]
     tl.store(k_out + at * K_DIM + k_channel, keys, mask=k_channel < K_DIM)
     tl.store(v_out + at * V_DIM + v_channel, values, mask=v_channel < V_DIM)

@@ -7,7 +7,7 @@ import torch
 from mosaic_kernels.segment_decode.kernel import decode_kernel
 from mosaic_kernels.segment_table import SegmentTable, check_frames, padded
 
-_TILE = 16  # tokens of one program
+TILE, WARPS = 16, 4  # tokens of one program
 
 
 def decode_frames(
@@ -33,11 +33,11 @@ def decode_frames(
     shape = table.heads, len(frames), table.page_size
     k_out, v_out = (torch.empty(*shape, dim, dtype=dtype, device=data.device) for dim in (table.k_dim, table.v_dim))
     if len(frames):
-        decode_kernel[len(frames), table.heads, table.page_size // _TILE](
+        decode_kernel[len(frames), table.heads, table.page_size // TILE](
             data, data.stride(0), frames, table.starts, table.scalars, table.k_words, table.v_words, table.v_levels,
             epoch, k_out, v_out, len(frames),
-            HEADS=table.heads, FORMATS=table.formats, T=table.page_size, TILE=_TILE,
+            HEADS=table.heads, FORMATS=table.formats, T=table.page_size, TILE=TILE,
             DK=padded(table.k_dim), K_DIM=table.k_dim, DV=padded(table.v_dim), V_DIM=table.v_dim,
-            ANY_TOPK=table.any_topk, ANY_EXCEPTIONS=table.any_exceptions, num_warps=4,
+            ANY_TOPK=table.any_topk, ANY_EXCEPTIONS=table.any_exceptions, num_warps=WARPS,
         )  # fmt: skip
     return k_out, v_out

@@ -7,7 +7,7 @@ import torch
 from mosaic_kernels.constants import constant
 from mosaic_kernels.segment import GROUP, V_STEPS, Plane, SegmentFormat, TensorPlanes
 
-_WORDS = {4: torch.int64, 2: torch.int32, 1: torch.int16}  # bits of a plane -> integer of the bytes of one group
+_WORDS = {4: torch.int32, 8: torch.int64}  # bytes of a group -> their integer
 
 
 def decode(data: torch.Tensor, fmt: SegmentFormat, *, refined: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
@@ -90,12 +90,15 @@ def _unpack(data: torch.Tensor, plane: Plane, codes: torch.Tensor, combine) -> N
     if groups <= 0:
         return
     # One integer a group: a shift and a mask then unpack all of its bytes at once. A copy is aligned for that.
-    word = _WORDS[plane.bits]
-    packed = _bytes(data, plane.start, codes.shape[1], plane.groups * 2 * plane.bits)
+    word, rows = _WORDS[plane.group_bytes], -(-codes.shape[1] // plane.row_tokens)
+    packed = _bytes(data, plane.start, rows, plane.groups * plane.group_bytes)
     packed = packed.clone(memory_format=torch.contiguous_format).view(word)
     mask = int.from_bytes(bytes([(1 << plane.bits) - 1]) * word.itemsize, "little")
     parts = [packed[..., :groups] >> shift & mask for shift in range(0, 8, plane.bits)]
     new = torch.stack(parts, -1).view(torch.uint8).flatten(-2)
+    if plane.row_tokens > 1:
+        new = new.unflatten(-1, (groups, plane.row_tokens, GROUP)).transpose(2, 3)
+        new = new.flatten(1, 2).flatten(2)[:, : codes.shape[1]]
     target = codes[..., plane.first * GROUP : (plane.first + groups) * GROUP]
     target.copy_(combine(target, new))
 

@@ -113,11 +113,13 @@ def _put_planes(data: torch.Tensor, part: TensorPlanes, codes: torch.Tensor) -> 
 
 
 def _packed(codes: torch.Tensor, plane: Plane) -> torch.Tensor:
-    per_byte = 8 // plane.bits
-    parts = codes.unflatten(-1, (plane.groups, per_byte, GROUP // per_byte)).unbind(-2)
+    """Codes [N, T, groups * 16] of the plane's bits -> uint8 [N, rows, groups, group_bytes]."""
+    codes = torch.nn.functional.pad(codes, (0, 0, 0, -codes.shape[1] % plane.row_tokens))
+    codes = codes.unflatten(-1, (plane.groups, -1, plane.group_bytes)).unflatten(1, (-1, plane.row_tokens))
+    parts = [part for token in codes.unbind(2) for part in token.unbind(3)]
     packed = parts[0].clone()
-    for i in range(1, per_byte):
-        packed |= parts[i] << plane.bits * i
+    for i, part in enumerate(parts[1:], 1):
+        packed |= part << plane.bits * i
     return packed
 
 

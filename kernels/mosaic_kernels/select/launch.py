@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import torch
 
-from mosaic_kernels.attend_pages.launch import ROWS
+from mosaic_kernels.attend_pages.launch import query_rows
 from mosaic_kernels.page_batch import PageBatch
 from mosaic_kernels.scan.keys import KEYS
 from mosaic_kernels.segment_table import SegmentTable
 from mosaic_kernels.select.kernel import collect_kernel, count_kernel, threshold_kernel
 from mosaic_kernels.select.selection import Selected, SelectionPlan
 
-_TILE_PAGES = 16
+TILE, TILE_PAGES, WARPS = 1024, 16, 4
 
 
 def select(
@@ -51,14 +51,14 @@ def select(
         counts, least = integers(batch.capacity, heads, KEYS), integers(items, heads)
         starts, spares = integers(batch.capacity, heads), integers(batch.capacity, heads)
         grid = batch.capacity, heads
-        count_kernel[grid](keys, batch.pieces, counts, pages, HEADS=heads, T=page_size, TILE=1024, num_warps=4)
+        count_kernel[grid](keys, batch.pieces, counts, pages, HEADS=heads, T=page_size, TILE=TILE, num_warps=WARPS)
         threshold_kernel[items, heads](
             counts, batch.first_piece, plan.most, least, starts, spares, selected.counts, top_p,
-            HEADS=heads, TOP_P=top_p < 1, num_warps=4,
+            HEADS=heads, TOP_P=top_p < 1, num_warps=WARPS,
         )  # fmt: skip
         collect_kernel[grid](
             keys, page_lse, batch.pieces, batch.epochs, plan.first, least, starts, spares, table.far_bias,
             selected.tokens, selected.far, pages, plan.room,
-            HEADS=heads, GROUP=group, ROWS=ROWS, T=page_size, PAGES=_TILE_PAGES, num_warps=4,
+            HEADS=heads, GROUP=group, ROWS=query_rows(group), T=page_size, PAGES=TILE_PAGES, num_warps=WARPS,
         )  # fmt: skip
     return selected

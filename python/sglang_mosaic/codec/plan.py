@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from typing import NamedTuple
 
-from mosaic_kernels.segment import SegmentFormat
+from mosaic_kernels.segment import REVISION, SegmentFormat
 from mosaic_kernels.topk.segment import TopKFormat
 from sglang_mosaic.codec.basis import LayerBasis
 from sglang_mosaic.codec.selection import SelectionProfile
@@ -42,7 +42,7 @@ class LayerPlan(NamedTuple):
 
 def plan_hash(layers: list[LayerPlan], page_size: int) -> str:
     """16 hexadecimal digits of everything that gives bytes their meaning."""
-    digest = hashlib.sha256(str(page_size).encode())
+    digest = hashlib.sha256(f"{REVISION} {page_size}".encode())
     for layer in layers:
         digest.update(repr(layer.heads).encode())
         for matrix in layer.basis:

@@ -19,7 +19,7 @@ from sglang_mosaic.codec.planes import PlanesEpoch
 from sglang_mosaic.codec.selection import SelectionProfile
 from sglang_mosaic.errors import ConfigError
 
-VERSION = "2"
+VERSION = "3"
 _FORMATS = {"planes": SegmentFormat, "topk": TopKFormat}
 
 

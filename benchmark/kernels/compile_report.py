@@ -1,0 +1,163 @@
+"""What the compiler makes of every kernel for a GPU: registers, spills, shared memory, instructions. Needs no GPU.
+
+    python benchmark/kernels/compile_report.py --head-dims 64 128 --json report.json
+
+Compiles as a server does that has no segments of the rare kinds (top-k, exceptions). Instructions are counted in the
+machine code: of the whole kernel, and of its longest loop, which is what a page or a tile of tokens costs each warp.
+
+Exit status: 0, or 1 when a kernel spills registers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # for `import benchmark` when run by path
+
+import triton
+from tqdm import tqdm
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from benchmark.common.options import integer
+from benchmark.common.report import environment, write_json
+from benchmark.common.stats import format_table
+from mosaic_kernels.attend_pages import launch as attend_pages
+from mosaic_kernels.attend_pages.kernel import attend_pages_kernel
+from mosaic_kernels.attend_selected import launch as attend_selected
+from mosaic_kernels.attend_selected.kernel import attend_selected_kernel
+from mosaic_kernels.combine import launch as combine
+from mosaic_kernels.combine.kernel import combine_kernel
+from mosaic_kernels.far_field import launch as far_field
+from mosaic_kernels.far_field.kernel import far_field_kernel
+from mosaic_kernels.scan import launch as scan
+from mosaic_kernels.scan.kernel import scan_kernel
+from mosaic_kernels.segment_decode import launch as segment_decode
+from mosaic_kernels.segment_decode.kernel import decode_kernel
+from mosaic_kernels.select import launch as select
+from mosaic_kernels.select.kernel import collect_kernel, count_kernel, threshold_kernel
+
+TYPES = {
+    "data": "*u8", "frame_bytes": "i64", "scale": "fp32", "top_p": "fp32", "keys": "*i16",
+    "pages": "i32", "room": "i32", "items": "i32", "epoch": "i32",
+    "k_out": "*bf16", "v_out": "*bf16", "dense_out": "*bf16", "result": "*bf16",
+} | dict.fromkeys(
+    ("q", "v_levels", "known_lse", "page_lse", "far", "far_bias", "unrotate", "dense_lse",
+     "out", "lse", "out_a", "lse_a", "out_b", "lse_b"), "*fp32",
+)  # fmt: skip
+"""Of kernel arguments; the others are pointers to int32."""
+_BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+
+
+class Kernel(NamedTuple):
+    """A kernel and what its launch gives it."""
+
+    function: Any
+    launch: Any
+    """The module that launches it: WARPS and, if it has it, STAGES."""
+    tiles: tuple[tuple[str, int], ...] = ()
+
+
+WIDE = "ROWS", attend_pages.MOST_ROWS
+KERNELS = {
+    "decode": Kernel(decode_kernel, segment_decode, (("TILE", segment_decode.TILE),)),
+    "attend_pages": Kernel(attend_pages_kernel, attend_pages),
+    "scan": Kernel(scan_kernel, scan),
+    "select: count": Kernel(count_kernel, select, (("TILE", select.TILE),)),
+    "select: threshold": Kernel(threshold_kernel, select),
+    "select: collect": Kernel(collect_kernel, select, (("PAGES", select.TILE_PAGES),)),
+    "attend_selected": Kernel(attend_selected_kernel, attend_selected, (("TILE", attend_selected.TILE), WIDE)),
+    "far_field": Kernel(far_field_kernel, far_field, (("PAGES", far_field.TILE_PAGES), WIDE)),
+    "combine": Kernel(combine_kernel, combine, (WIDE,)),
+}
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """The options; exits with argparse's message on a bad one."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--head-dims", type=integer(16), nargs="+", default=[64, 128])
+    parser.add_argument("--group", type=integer(1), default=4, help="query heads per KV head (default %(default)s)")
+    parser.add_argument("--arch", type=integer(80), default=90, help="compute capability (default %(default)s)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write rows and the environment")
+    return parser.parse_args(argv)
+
+
+def compile_kernel(kernel: Kernel, head_dim: int, group: int, arch: int) -> dict[str, int]:
+    """Figures of one kernel; sizes in bytes."""
+    names = kernel.function.arg_names
+    constants = {
+        "HEADS": 8, "GROUP": group, "ROWS": attend_pages.query_rows(group), "FORMATS": 3, "T": 64,
+        "DK": head_dim, "K_DIM": head_dim, "DV": head_dim, "V_DIM": head_dim, "DS": min(head_dim, 64),
+        "ANY_TOPK": False, "ANY_EXCEPTIONS": False, "TWO": True, "TOP_P": True, **dict(kernel.tiles),
+    }  # fmt: skip
+    constants = {name: value for name, value in constants.items() if name in names}
+    signature = {name: "constexpr" if name in constants else TYPES.get(name, "*i32") for name in names}
+    aligned = {
+        (i,): [["tt.divisibility", 16]]
+        for i, name in enumerate(names)
+        if signature[name].startswith("*") or name == "frame_bytes"
+    }
+    options = {"num_warps": kernel.launch.WARPS}
+    if hasattr(kernel.launch, "STAGES"):
+        options["num_stages"] = kernel.launch.STAGES
+    source = ASTSource(fn=kernel.function, signature=signature, constexprs=constants, attrs=aligned)
+    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage, code = (_cuobjdump(option, file.name) for option in ("-res-usage", "-sass"))
+    registers, stack = (int(re.findall(rf"{name}:(\d+)", usage)[0]) for name in ("REG", "STACK"))
+    instructions, loop = count_instructions(code)
+    return {
+        "warps": kernel.launch.WARPS,
+        "registers": registers,
+        "spilled_bytes": stack,
+        "shared_bytes": compiled.metadata.shared,
+        "instructions": instructions,
+        "longest_loop": loop,
+    }
+
+
+def count_instructions(code: str) -> tuple[int, int]:
+    """Instructions of a disassembled kernel, and those between the ends of its longest backward branch."""
+    lines = [(int(at, 16), text) for at, text in re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?);", code)]
+    loops = [0]
+    for at, text in lines:
+        target = re.search(r"\bBRA\b.*?(0x[0-9a-f]+)", text)
+        if target and (first := int(target.group(1), 16)) < at:
+            loops.append(sum(first <= other <= at for other, _ in lines))
+    return len(lines), max(loops)
+
+
+def _cuobjdump(option: str, path: str) -> str:
+    return subprocess.run([_BINARIES / "cuobjdump", option, path], capture_output=True, text=True, check=True).stdout
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the script; returns the exit status."""
+    args = parse_arguments(argv)
+    rows: list[dict[str, Any]] = []
+    for head_dim in args.head_dims:
+        for name, kernel in tqdm(KERNELS.items(), desc=f"head_dim {head_dim}", unit="kernel"):
+            figures = compile_kernel(kernel, head_dim, args.group, args.arch)
+            rows.append({"kernel": name, "head_dim": head_dim, **figures})
+    header = list(rows[0])
+    print(format_table([name.replace("_", " ") for name in header], [[row[name] for name in header] for row in rows]))
+    if args.json:
+        report = {"benchmark": "compile_report", "arch": args.arch, "triton": triton.__version__}
+        write_json(args.json, {**report, "environment": environment(), "rows": rows})
+        print(f"wrote {args.json}")
+    spilled = [f"{row['kernel']} at {row['head_dim']}" for row in rows if row["spilled_bytes"]]
+    if spilled:
+        print(f"compile_report: {', '.join(spilled)} spill registers", file=sys.stderr)
+    return int(bool(spilled))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
