@@ -8,7 +8,7 @@ from mosaic_kernels.attend_pages import reference as attend_reference
 from mosaic_kernels.attend_pages.launch import attend_pages
 from mosaic_kernels.combine import reference as combine_reference
 from mosaic_kernels.combine.launch import combine
-from mosaic_kernels.page_batch import Item, plan
+from mosaic_kernels.page_batch import Item, cut, plan
 from mosaic_kernels.segment_decode.launch import decode_frames
 from triton_device import DEVICE, INTERPRETED
 
@@ -103,7 +103,9 @@ def test_combining(parts: int) -> None:
     def some(*shape):
         return torch.randn(*shape, generator=generator).to(DEVICE)
 
-    results = [(some(32, heads, group, dim), 4 * some(32, heads, group)) for _ in range(parts)]
+    other = cut([3, 1, 4, 1, 5, 9, 2][: len(batch.epochs)], heads, 8, 1, 32)
+    first_pieces = batch.first_piece, torch.tensor(other.first_piece, dtype=torch.int32, device=DEVICE)
+    results = [(some(32, heads, group, dim), 4 * some(32, heads, group), first) for first in first_pieces[:parts]]
     results[-1][1][1] = -torch.inf
     results[-1][0][1] = torch.nan
     dense = some(4, heads * group, dim), 4 * some(4, heads * group)

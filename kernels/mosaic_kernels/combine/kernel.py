@@ -19,7 +19,7 @@ def _add(out, lse, found, total):
 
 @triton.jit
 def combine_kernel(
-    out_a, lse_a, out_b, lse_b, dense_out, dense_lse, unrotate, first_item, first_piece, epochs, result,
+    out_a, lse_a, first_a, out_b, lse_b, first_b, dense_out, dense_lse, unrotate, first_item, epochs, result,
     HEADS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, DV: tl.constexpr, V_DIM: tl.constexpr,
     TWO: tl.constexpr,
 ):  # fmt: skip
@@ -34,11 +34,13 @@ def combine_kernel(
     for item in range(tl.load(first_item + request), tl.load(first_item + request + 1)):
         mine = tl.zeros([ROWS, DV], tl.float32)
         total = tl.full([ROWS], float("-inf"), tl.float32)
-        for piece in range(tl.load(first_piece + item), tl.load(first_piece + item + 1)):
+        for piece in range(tl.load(first_a + item), tl.load(first_a + item + 1)):
             at = (piece * HEADS + head) * GROUP + r
             found = tl.load(out_a + at[:, None] * V_DIM + c[None, :], mask=inside, other=0)
             mine, total = _add(mine, total, found, tl.load(lse_a + at, mask=real, other=float("-inf")))
-            if TWO:
+        if TWO:
+            for piece in range(tl.load(first_b + item), tl.load(first_b + item + 1)):
+                at = (piece * HEADS + head) * GROUP + r
                 found = tl.load(out_b + at[:, None] * V_DIM + c[None, :], mask=inside, other=0)
                 mine, total = _add(mine, total, found, tl.load(lse_b + at, mask=real, other=float("-inf")))
         basis = unrotate + (tl.load(epochs + item) * HEADS + head) * V_DIM * V_DIM

@@ -15,7 +15,7 @@ WARPS = 8
 
 
 def combine(
-    parts: Sequence[tuple[torch.Tensor, torch.Tensor]],
+    parts: Sequence[tuple[torch.Tensor, torch.Tensor, torch.Tensor]],
     batch: PageBatch,
     unrotate: torch.Tensor,
     dense_out: torch.Tensor,
@@ -24,7 +24,8 @@ def combine(
     """Attention over dense pages and everything that the pieces read.
 
     Args:
-        parts: one or two of (out float32 [capacity, H, group, v_dim], rotated, and lse [capacity, H, group]).
+        parts: one or two of (out float32 [pieces, H, group, v_dim], rotated; lse [pieces, H, group]; first_piece int32
+            [items + 1], where an item's pieces begin).
         batch: what they read.
         unrotate: float32 [E, H, v_dim, v_dim], contiguous: rotated output times this is the output.
         dense_out: [requests, H * group, v_dim] any float, contiguous; dense_lse: [requests, H * group], natural, -inf
@@ -38,7 +39,7 @@ def combine(
     """
     if not 1 <= len(parts) <= 2:
         raise ValueError(f"parts must be one or two results, got {len(parts)}")
-    capacity, heads, group, v_dim = parts[0][0].shape
+    _, heads, group, v_dim = parts[0][0].shape
     requests = len(batch.first_item) - 1
     wanted = requests, heads * group, v_dim
     if dense_out.shape != wanted or dense_lse.shape != wanted[:2]:
@@ -49,11 +50,9 @@ def combine(
     tensors = [x for part in parts for x in part]
     if any(not x.is_contiguous() for x in (*tensors, unrotate, dense_out, dense_lse)):
         raise ValueError("all tensors must be contiguous")
-    (out_a, lse_a), (out_b, lse_b) = parts[0], parts[-1]
     result = torch.empty_like(dense_out)
     combine_kernel[requests, heads](
-        out_a, lse_a, out_b, lse_b, dense_out, dense_lse, unrotate,
-        batch.first_item, batch.first_piece, batch.epochs, result,
+        *parts[0], *parts[-1], dense_out, dense_lse, unrotate, batch.first_item, batch.epochs, result,
         HEADS=heads, GROUP=group, ROWS=MOST_ROWS, DV=padded(v_dim), V_DIM=v_dim, TWO=len(parts) == 2,
         num_warps=WARPS,
     )  # fmt: skip

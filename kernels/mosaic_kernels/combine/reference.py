@@ -11,7 +11,7 @@ from mosaic_kernels.page_batch import PageBatch
 
 
 def combine(
-    parts: Sequence[tuple[torch.Tensor, torch.Tensor]],
+    parts: Sequence[tuple[torch.Tensor, torch.Tensor, torch.Tensor]],
     batch: PageBatch,
     unrotate: torch.Tensor,
     dense_out: torch.Tensor,
@@ -21,11 +21,11 @@ def combine(
     out, lse = dense_out.float(), dense_lse.float()
     _, heads, group = parts[0][1].shape
     results, totals = out.clone().view(len(out), heads, group, -1), lse.clone().view(len(lse), heads, group)
-    epochs, requests, first_piece = (x.tolist() for x in (batch.epochs, batch.requests, batch.first_piece))
+    epochs, requests = batch.epochs.tolist(), batch.requests.tolist()
     for item, (epoch, request) in enumerate(zip(epochs, requests, strict=True)):
         mine = torch.zeros_like(results[0]), torch.full_like(totals[0], -torch.inf)
-        for piece in range(first_piece[item], first_piece[item + 1]):
-            for found, total in parts:
+        for found, total, first_piece in parts:
+            for piece in range(*first_piece[item : item + 2].tolist()):
                 mine = merge(*mine, found[piece], total[piece])
         turned = mine[0] @ unrotate[epoch].float()
         results[request], totals[request] = merge(results[request], totals[request], turned, mine[1])

@@ -7,7 +7,7 @@ import torch
 from mosaic_kernels.segment_decode.kernel import decode_kernel
 from mosaic_kernels.segment_table import SegmentTable, check_frames, padded
 
-TILE, WARPS = 16, 4  # tokens of one program
+TILE, WARPS = 64, 4  # tokens of one program at most
 
 
 def decode_frames(
@@ -32,11 +32,12 @@ def decode_frames(
     check_frames(data, frames, table, epoch)
     shape = table.heads, len(frames), table.page_size
     k_out, v_out = (torch.empty(*shape, dim, dtype=dtype, device=data.device) for dim in (table.k_dim, table.v_dim))
+    tile = min(TILE, table.page_size)
     if len(frames):
-        decode_kernel[len(frames), table.heads, table.page_size // TILE](
+        decode_kernel[len(frames), table.heads, table.page_size // tile](
             data, data.stride(0), frames, table.starts, table.scalars, table.k_words, table.v_words, table.v_levels,
             epoch, k_out, v_out, len(frames),
-            HEADS=table.heads, FORMATS=table.formats, T=table.page_size, TILE=TILE,
+            HEADS=table.heads, FORMATS=table.formats, T=table.page_size, TILE=tile,
             DK=padded(table.k_dim), K_DIM=table.k_dim, DV=padded(table.v_dim), V_DIM=table.v_dim,
             ANY_TOPK=table.any_topk, ANY_EXCEPTIONS=table.any_exceptions, num_warps=WARPS,
         )  # fmt: skip

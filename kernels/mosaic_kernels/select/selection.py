@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from mosaic_kernels.page_batch import PageBatch, cut
+from mosaic_kernels.page_batch import cut
 
 
 class SelectionPlan(NamedTuple):
@@ -23,10 +23,6 @@ class SelectionPlan(NamedTuple):
     """int32 [items + 1]."""
     room: int
     """Tokens of a list."""
-
-    def batch_of(self, batch: PageBatch) -> PageBatch:
-        """The batch with pieces of selected tokens in place of pages, for `combine`."""
-        return batch._replace(pieces=self.pieces, first_piece=self.first_piece)
 
 
 class Selected(NamedTuple):

@@ -13,8 +13,8 @@ import torch
 from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 
-from sglang_mosaic.cache.mixed_attention import MixedAttention, Sequence
-from sglang_mosaic.cache.selection import Selections
+from sglang_mosaic.cache.mixed_attention import Sequence
+from sglang_mosaic.cache.readers import Mixed, Readers
 from sglang_mosaic.page import PAGE_SIZE, pages_for
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ class _Plan:
     """Runs of requests without a mosaic page."""
     first_query: list[int]
     """Row of each request's first query, and the total."""
-    mixed: MixedAttention | None
+    mixed: Mixed | None
 
 
 class MosaicAttentionBackend(TorchNativeAttnBackend):
@@ -47,7 +47,7 @@ class MosaicAttentionBackend(TorchNativeAttnBackend):
         self.memory = runner.token_to_kv_pool.memory
         self.start_layer = runner.token_to_kv_pool.start_layer
         self._plan: _Plan | None = None
-        self._selections = Selections(self.memory.config) if self.memory.config.select else None
+        self._readers = Readers(self.memory)
 
     def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
         super().init_forward_metadata(forward_batch)
@@ -67,8 +67,9 @@ class MosaicAttentionBackend(TorchNativeAttnBackend):
         slots = self.req_to_token_pool.req_to_token[batch.req_pool_indices, : max(lengths)]
         frames = table.frames[slots[:, ::PAGE_SIZE].to(torch.int64) // PAGE_SIZE].cpu()
 
-        decoding = self._selections is not None and batch.forward_mode.is_decode()
-        keys = batch.req_pool_indices.tolist() if decoding else [None] * len(lengths)
+        decoding = batch.forward_mode.is_decode()
+        selecting = bool(self.memory.config.select) and decoding
+        keys = batch.req_pool_indices.tolist() if selecting else [None] * len(lengths)
         mixed = []
         is_dense = []
         for i, tokens in enumerate(lengths):
@@ -85,7 +86,7 @@ class MosaicAttentionBackend(TorchNativeAttnBackend):
             extend_lens=extend_lens,
             dense=_runs(is_dense),
             first_query=first_query,
-            mixed=MixedAttention(self.memory, mixed, self._selections) if mixed else None,
+            mixed=self._readers.plan(mixed, decoding) if mixed else None,
         )
 
     def forward_extend(

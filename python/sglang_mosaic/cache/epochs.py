@@ -39,6 +39,11 @@ class EpochTable:
         """Epochs that pages may need."""
         return list(self._live.values())
 
+    @property
+    def numbers(self) -> tuple[int, ...]:
+        """Numbers of the live epochs."""
+        return tuple(self._live)
+
     def due(self, frames_in_use: Iterable[int]) -> bool:
         """Whether the next page wants a new epoch, and there is room for one. Drops epochs that no page needs."""
         if self._current < 0:

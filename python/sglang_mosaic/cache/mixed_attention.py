@@ -9,6 +9,7 @@ reference for the kernels to come). Requests with long compressed contexts may s
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import torch
 
@@ -17,6 +18,9 @@ from mosaic_kernels.merge_lse.reference import merge
 from sglang_mosaic.cache.memory import PageMemory
 from sglang_mosaic.cache.selection import Selections
 from sglang_mosaic.page import PAGE_SIZE
+
+Decode = Callable[[int, torch.Tensor, int], tuple[torch.Tensor, torch.Tensor]]
+"""Layer, mosaic frames [P] and the number of their epoch -> rotated K and V, as `Epoch.decode`."""
 
 BLOCK_PAGES = 256
 """Mosaic pages decoded at a time: bounds the scratch to 256 x 64 tokens of fp32 K and V of one layer."""
@@ -67,10 +71,18 @@ class MixedAttention:
         memory: the pool.
         sequences: requests with at least one mosaic page each.
         selections: how requests choose the tokens that they read; None: they read all.
+        decode: how mosaic frames are decoded; None: by their epoch.
     """
 
-    def __init__(self, memory: PageMemory, sequences: list[Sequence], selections: Selections | None = None) -> None:
+    def __init__(
+        self,
+        memory: PageMemory,
+        sequences: list[Sequence],
+        selections: Selections | None = None,
+        decode: Decode | None = None,
+    ) -> None:
         self.memory = memory
+        self._decode = decode or self._decode_by_epoch
         device = memory.table.frames.device
         first_mosaic = memory.table.first_mosaic
         is_mosaic = [s.frames >= first_mosaic for s in sequences]
@@ -109,8 +121,7 @@ class MixedAttention:
             self._selecting.choose(layer, rotated, [lse for _, lse in results], scale)
         mosaic: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}
         for b, block in enumerate(self._blocks):
-            data = memory.mosaic_data(layer, block.frames, block.epoch)
-            k, v = memory.epochs[block.epoch].decode(layer, data)  # [pages, heads, 64, dim]
+            k, v = self._decode(layer, block.frames, block.epoch)  # [pages, heads, 64, dim]
             for i, pages in block.readers:
                 key = i, block.epoch
                 k_rows, v_rows = head_major(k, pages), head_major(v, pages)
@@ -131,6 +142,9 @@ class MixedAttention:
         for i in self._selecting.readers:
             for number, piece in self._selecting.far(layer, i).items():
                 mosaic[i, number] = merge(*mosaic[i, number], *piece)
+
+    def _decode_by_epoch(self, layer: int, frames: torch.Tensor, number: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.memory.epochs[number].decode(layer, self.memory.mosaic_data(layer, frames, number))
 
     def _dense(self, layer: int, q: torch.Tensor, part: Part, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
         k = self.memory.dense_k[layer][part.dense_slots].transpose(0, 1)

@@ -7,6 +7,7 @@ and spending bytes by importance from MosaicKV (arXiv 2607.00760).
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterable, Iterator
 
 import torch
@@ -14,6 +15,7 @@ import torch
 from mosaic_kernels.constants import constant
 from mosaic_kernels.segment import ALIGNMENT, GROUP
 from mosaic_kernels.segment_encode.reference import rotate_pages
+from mosaic_kernels.segment_table import HeadFormats
 from sglang_mosaic.codec import strategies
 from sglang_mosaic.codec.base import Codec, Epoch, LayerSample, check_pages
 from sglang_mosaic.codec.basis import value_weights
@@ -118,6 +120,19 @@ class PlanesEpoch(Epoch):
         for h, i, rows in _by_format(choices, plan):
             found = data[:, segments[h]]
             yield h, plan.heads[h].formats[i], rows, found if len(rows) == len(data) else found[rows]
+
+    def head_formats(self, layer: int) -> list[HeadFormats]:
+        """What kernels need to know to read the KV heads of a layer from whole frames."""
+        first = self._spans[layer].start
+        return [
+            HeadFormats(
+                first + segment.start,
+                head.formats,
+                head.selection.scan_channels,
+                -math.inf if head.selection.far_bias is None else head.selection.far_bias,
+            )
+            for head, segment in zip(self.layers[layer].heads, self._segments[layer], strict=True)
+        ]
 
     def far_bias(self, layer: int) -> torch.Tensor:
         """What to add to the logits of the far field, float32 [H]; -inf: the head has none."""
