@@ -10,6 +10,8 @@ from mosaic_kernels.combine import reference as combine_reference
 from mosaic_kernels.combine.launch import combine
 from mosaic_kernels.page_batch import Item, cut, plan
 from mosaic_kernels.segment_decode.launch import decode_frames
+from mosaic_kernels.segment_table import make_table
+from mosaic_kernels.topk.segment import TopKFormat
 from triton_device import DEVICE, INTERPRETED
 
 # float16 has 11 bits: products of a rounded query, or of rounded weights, with exact codes.
@@ -65,6 +67,21 @@ def test_a_frame_that_was_never_encoded_is_nan() -> None:
     batch = plan([Item(0, 0, [0, len(pool.data) - 1])], 1, pool.heads, 1, DEVICE)
     out, _ = attend_pages(make_queries(batch, pool.heads, 2, 64), pool.data, batch, pool.table, 0.1)
     assert out.isnan().all()
+
+
+@pytest.mark.parametrize("rare", ("topk", "exceptions"))
+def test_what_is_not_to_occur_is_nan(rare: str) -> None:
+    pool = make_pool(frames=12, sparse=rare == "topk", exceptions=rare == "exceptions")
+    frames = list(range(11))
+    k, v = pool.decoded(frames)
+    table = make_table(pool.epochs, DEVICE, **{rare: False})
+    found = decode_frames(pool.data, torch.tensor(frames, device=DEVICE), table)
+    for h, head in enumerate(pool.epochs[0]):
+        for frame in frames:
+            fmt = head.formats[int(pool.data[frame, head.start])]
+            unexpected = isinstance(fmt, TopKFormat) or fmt.exceptions > 0
+            for one, other in zip(found, (k, v), strict=True):
+                assert one[h, frame].isnan().all() if unexpected else torch.equal(one[h, frame], other[h, frame])
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -44,12 +44,16 @@ _EVERY_BYTE = tl.constexpr(0x01010101)
 
 
 @triton.jit
-def find_row(segment, scalars, first_row, FORMATS: tl.constexpr):
-    """Row of a segment's format, and its kind; the frame was never encoded: INVALID."""
+def find_row(segment, scalars, first_row, FORMATS: tl.constexpr, ANY_TOPK: tl.constexpr, ANY_EXCEPTIONS: tl.constexpr):
+    """Row of a segment's format, and its kind; INVALID: never encoded, or in a format that is not to occur."""
     number = tl.load(segment).to(tl.int32)
     row = first_row + tl.minimum(number, FORMATS - 1)
-    kind = tl.load(scalars + row * _SCALARS + _KIND)
-    return row, tl.where(number < FORMATS, kind, INVALID)
+    kind = tl.where(number < FORMATS, tl.load(scalars + row * _SCALARS + _KIND), INVALID)
+    if not ANY_TOPK:
+        kind = tl.where(kind == TOPK, INVALID, kind)
+    if not ANY_EXCEPTIONS:
+        kind = tl.where(exceptions(scalars, row, kind) > 0, INVALID, kind)
+    return row, kind
 
 
 @triton.jit

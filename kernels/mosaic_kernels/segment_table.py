@@ -72,7 +72,9 @@ class SegmentTable(NamedTuple):
     most_scanned: int
     """Scan channels of any head."""
     any_topk: bool
+    """Whether any segment is of top-k; if not, one that is reads as NaN."""
     any_exceptions: bool
+    """The same of exceptions."""
 
     @property
     def heads(self) -> int:
@@ -80,11 +82,14 @@ class SegmentTable(NamedTuple):
         return self.starts.shape[1]
 
 
-def make_table(epochs: Sequence[Sequence[HeadFormats]], device: torch.device | str) -> SegmentTable:
+def make_table(
+    epochs: Sequence[Sequence[HeadFormats]], device: torch.device | str, *, topk: bool = True, exceptions: bool = True
+) -> SegmentTable:
     """The table of one layer.
 
     Args:
         epochs: of each epoch, every KV head. All formats are of the same page size and dimensions.
+        topk, exceptions: whether segments of such formats may occur; kernels are faster without them.
 
     Raises:
         ValueError: a format that kernels cannot read, or formats that do not fit together.
@@ -128,8 +133,8 @@ def make_table(epochs: Sequence[Sequence[HeadFormats]], device: torch.device | s
         k_dim=k_dim,
         v_dim=v_dim,
         most_scanned=max(map(max, scanned)),
-        any_topk=any(isinstance(fmt, TopKFormat) for fmt in every),
-        any_exceptions=any(isinstance(fmt, SegmentFormat) and fmt.exceptions > 0 for fmt in every),
+        any_topk=topk and any(isinstance(fmt, TopKFormat) for fmt in every),
+        any_exceptions=exceptions and any(isinstance(fmt, SegmentFormat) and fmt.exceptions > 0 for fmt in every),
     )
 
 

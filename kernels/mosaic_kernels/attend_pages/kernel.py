@@ -106,7 +106,7 @@ def attend_pages_kernel(
     summed = tl.zeros([DV, ROWS], tl.float32)
     for page in range(first, last):
         segment = data + tl.load(frames + page).to(tl.int64) * frame_bytes + start
-        row, kind = find_row(segment, scalars, of_head * FORMATS, FORMATS)
+        row, kind = find_row(segment, scalars, of_head * FORMATS, FORMATS, ANY_TOPK, ANY_EXCEPTIONS)
         logits = page_logits(
             rows, segment, scalars, k_words, row, kind, t, K_DIM, DK, K_DIM, DK, True, ANY_TOPK, ANY_EXCEPTIONS
         )

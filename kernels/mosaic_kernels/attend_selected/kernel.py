@@ -53,7 +53,7 @@ def attend_selected_kernel(
         found = tl.load(tokens + head.to(tl.int64) * room + tl.where(real, slot, first))
         page, t = found // T, found % T
         segment = data + tl.load(frames + page).to(tl.int64) * frame_bytes + start
-        row, kind = find_row(segment, scalars, of_head * FORMATS, FORMATS)
+        row, kind = find_row(segment, scalars, of_head * FORMATS, FORMATS, ANY_TOPK, ANY_EXCEPTIONS)
         keys = plane_keys(segment, scalars, k_words, row, t, K_DIM, DK, True, DK)
         values, token_scale = plane_values(segment, scalars, v_words, v_levels, row, t, DV, V_DIM)
         coded = value_channels(scalars, row)

@@ -10,7 +10,7 @@ from mosaic_kernels.load_segment import INVALID, TOPK, find_row, mean_values, to
 def far_field_kernel(
     far, data, frame_bytes, frames, pieces, epochs, starts, scalars, out, lse, pages,
     HEADS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, FORMATS: tl.constexpr, T: tl.constexpr,
-    PAGES: tl.constexpr, DV: tl.constexpr, V_DIM: tl.constexpr, ANY_TOPK: tl.constexpr,
+    PAGES: tl.constexpr, DV: tl.constexpr, V_DIM: tl.constexpr, ANY_TOPK: tl.constexpr, ANY_EXCEPTIONS: tl.constexpr,
 ):  # fmt: skip
     """One program: a piece of pages and a KV head. out [pieces, HEADS, GROUP, V_DIM]."""
     piece, head = tl.program_id(0), tl.program_id(1)
@@ -28,7 +28,7 @@ def far_field_kernel(
         page = at + tl.arange(0, PAGES)[None, :]
         real = page < last
         segment = data + tl.load(frames + tl.minimum(page, last - 1)).to(tl.int64) * frame_bytes + start
-        row, kind = find_row(segment, scalars, of_head * FORMATS, FORMATS)
+        row, kind = find_row(segment, scalars, of_head * FORMATS, FORMATS, ANY_TOPK, ANY_EXCEPTIONS)
         means = mean_values(segment, scalars, row, DV, V_DIM)
         if ANY_TOPK:
             if tl.max((kind == TOPK).to(tl.int32)) > 0:

@@ -41,6 +41,7 @@ def far_field(
             out, lse, pages,
             HEADS=heads, GROUP=group, ROWS=MOST_ROWS, FORMATS=table.formats, T=table.page_size,
             PAGES=TILE_PAGES,
-            DV=padded(table.v_dim), V_DIM=table.v_dim, ANY_TOPK=table.any_topk, num_warps=WARPS, num_stages=STAGES,
+            DV=padded(table.v_dim), V_DIM=table.v_dim, ANY_TOPK=table.any_topk,
+            ANY_EXCEPTIONS=table.any_exceptions, num_warps=WARPS, num_stages=STAGES,
         )  # fmt: skip
     return out, lse

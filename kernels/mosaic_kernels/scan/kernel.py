@@ -36,7 +36,7 @@ def scan_kernel(
     known = tl.where(known == float("-inf"), 0.0, known)
     for page in range(first, last):
         segment = data + tl.load(frames + page).to(tl.int64) * frame_bytes + start
-        row, kind = find_row(segment, scalars, of_head * FORMATS, FORMATS)
+        row, kind = find_row(segment, scalars, of_head * FORMATS, FORMATS, ANY_TOPK, ANY_EXCEPTIONS)
         logits = page_logits(
             rows, segment, scalars, k_words, row, kind, t[None, :], channels,
             DS, K_DIM, DK, False, ANY_TOPK, ANY_EXCEPTIONS,

@@ -30,7 +30,7 @@ def decode_kernel(
     page, head, first = tl.program_id(0), tl.program_id(1), tl.program_id(2) * TILE
     of_head = epoch * HEADS + head
     segment = data + tl.load(frames + page).to(tl.int64) * frame_bytes + tl.load(starts + of_head)
-    row, kind = find_row(segment, scalars, of_head * FORMATS, FORMATS)
+    row, kind = find_row(segment, scalars, of_head * FORMATS, FORMATS, ANY_TOPK, ANY_EXCEPTIONS)
     t = (first + tl.arange(0, TILE))[None, :]
     # NaN marks what was never encoded.
     keys = tl.full([DK, TILE], float("nan"), tl.float32)

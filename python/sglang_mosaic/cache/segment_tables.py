@@ -23,7 +23,7 @@ class LayerTables(NamedTuple):
 
 
 class SegmentTables:
-    """Tables of every layer, made anew when the live epochs change.
+    """Tables of every layer, made anew when the live epochs change or a page has what none had before.
 
     Args:
         memory: the pool; its epochs are `PlanesEpoch`s.
@@ -32,13 +32,15 @@ class SegmentTables:
     def __init__(self, memory: PageMemory) -> None:
         self._memory = memory
         self._numbers: tuple[int, ...] = ()
+        self._rare: frozenset[str] = frozenset()
         self._layers: dict[int, LayerTables] = {}
 
     def layer(self, layer: int) -> LayerTables:
         """The tables of a layer, for all epochs that are alive now."""
         numbers = self._memory.epochs.numbers
-        if numbers != self._numbers:
-            self._numbers = numbers
+        rare = frozenset().union(*(epoch.rare for epoch in self._memory.epochs.live))
+        if (numbers, rare) != (self._numbers, self._rare):
+            self._numbers, self._rare = numbers, rare
             self._layers.clear()
         if layer not in self._layers:
             self._layers[layer] = self._make(layer)
@@ -49,7 +51,12 @@ class SegmentTables:
         bases = [epoch.layers[layer].basis for epoch in epochs]
         return LayerTables(
             {number: slot for slot, number in enumerate(self._numbers)},
-            make_table([epoch.head_formats(layer) for epoch in epochs], self._memory.slab.frames.device),
+            make_table(
+                [epoch.head_formats(layer) for epoch in epochs],
+                self._memory.slab.frames.device,
+                topk="topk" in self._rare,
+                exceptions="exceptions" in self._rare,
+            ),
             torch.stack([basis.q_basis for basis in bases]),
             torch.stack([basis.v_unrotate for basis in bases]),
         )

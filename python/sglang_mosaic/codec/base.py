@@ -25,7 +25,7 @@ class LayerSample(NamedTuple):
 
 
 class Epoch(ABC):
-    """One calibration of a codec. Immutable.
+    """One calibration of a codec. What it gives for the same pages and bytes never changes.
 
     Stored keys and values live in rotated bases: rotate the queries, attend over what `decode` returns, rotate the
     output back. Logits, and with them lse, are those of the unrotated keys up to quantisation. `unrotate_output` is

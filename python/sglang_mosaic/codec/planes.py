@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 import torch
 
 from mosaic_kernels.constants import constant
-from mosaic_kernels.segment import ALIGNMENT, GROUP
+from mosaic_kernels.segment import ALIGNMENT, GROUP, SegmentFormat
 from mosaic_kernels.segment_encode.reference import rotate_pages
 from mosaic_kernels.segment_table import HeadFormats
 from sglang_mosaic.codec import strategies
@@ -45,6 +45,8 @@ class PlanesEpoch(Epoch):
         """Of every layer, where each head's segment lies among its bytes."""
         self._v_weights = [value_weights(layer.basis, [head.v_weight for head in layer.heads]) for layer in layers]
         """Of every layer and head, what a squared error of each stored channel of V counts."""
+        self.rare: frozenset[str] = frozenset()
+        """"topk", "exceptions": what segments encoded so far have. Kernels are compiled without what no segment has."""
 
     @property
     def hash(self) -> str:
@@ -76,6 +78,7 @@ class PlanesEpoch(Epoch):
         for h, i, rows in _by_format(torch.stack(choices, 1), plan):
             segments, error = _encode(k_rot[h][rows], v_rot[h][rows], plan.heads[h], i, self._v_weights[layer][h])
             data[rows, self._segments[layer][h]], errors[h, rows] = segments, error
+            self._note_rare(plan.heads[h].formats[i])
         return data, errors.T
 
     def decode(self, layer: int, data: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -108,6 +111,12 @@ class PlanesEpoch(Epoch):
         for h, fmt, rows, segments in self._stored(layer, data):
             means[rows, h] = strategies.mean_values(fmt, segments)
         return means
+
+    def _note_rare(self, fmt: Format) -> None:
+        if not isinstance(fmt, SegmentFormat):
+            self.rare |= {"topk"}
+        elif fmt.exceptions:
+            self.rare |= {"exceptions"}
 
     def _stored(self, layer: int, data: torch.Tensor) -> Iterator[tuple[int, Format, torch.Tensor, torch.Tensor]]:
         """Head, format, pages and bytes of the segments of each head and format.

@@ -1,0 +1,1 @@
+"""What the kernels cost on a GPU, after a check that they are right."""

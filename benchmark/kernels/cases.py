@@ -1,0 +1,229 @@
+"""Inputs of the kernels: a pool of compressed frames of one epoch, and batches that read it.
+
+Pages of normal values are encoded by the reference and copied into as many frames as wanted. A batch has no frame
+twice and its frames are in random order, as after days of serving: neither caches nor prefetching help.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from mosaic_kernels.page_batch import Item, PageBatch, plan
+from mosaic_kernels.scan.keys import keys_of
+from mosaic_kernels.segment import GROUP, SegmentFormat
+from mosaic_kernels.segment_encode.reference import pack
+from mosaic_kernels.segment_table import HeadFormats, SegmentTable, make_table
+from mosaic_kernels.select.reference import choose_tokens, far_logits
+from mosaic_kernels.select.selection import Selected, SelectionPlan, plan_selection
+
+PAGE = 64
+DISTINCT = 64
+"""Pages that are encoded; the others are copies of them."""
+FAR_BIAS = -0.25
+DENSE_LSE, PAGE_LSE = 6.0, 4.6
+"""Usual log-sum-exp of the dense tokens and of a page, for logits of variance 1."""
+_FORMATS = 2
+
+
+class Dims(NamedTuple):
+    """One layer of a model, and what its codec and a step of it read."""
+
+    heads: int
+    """KV heads H."""
+    group: int
+    """Query heads of a KV head."""
+    dim: int
+    """Channels D of K and of V."""
+    scan_channels: int
+    select: float
+    """Share of the tokens that a step selects."""
+
+
+class Shape(NamedTuple):
+    """A batch of requests of one length."""
+
+    batch: int
+    context: int
+    """Tokens, a multiple of PAGE."""
+
+    def __str__(self) -> str:
+        return f"{self.batch}x{self.context}"
+
+
+class Split(NamedTuple):
+    """How a batch is cut into pieces (`page_batch.plan`, `plan_selection`)."""
+
+    programs: int
+    token_programs: int
+    least_pages: int = 4
+    least_tokens: int = 256
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Compressed frames."""
+
+    data: torch.Tensor
+    """uint8 [frames, frame_bytes]."""
+    heads: tuple[HeadFormats, ...]
+    table: SegmentTable
+
+    @property
+    def ratio(self) -> float:
+        """bfloat16 bytes per compressed byte, everything in a frame counted."""
+        return sum(head.formats[0].dense_bytes for head in self.heads) / self.data.shape[1]
+
+
+@dataclass(frozen=True)
+class Case:
+    """Inputs of every op for one batch; B requests, I items, H KV heads, P pages, D channels.
+
+    What an op of the middle of a step reads is made by references, so that ops are checked and timed one by one.
+    """
+
+    dims: Dims
+    pool: Pool
+    lengths: tuple[int, ...]
+    """Pages of each item, known on the host: calls are captured as CUDA graphs and must not ask the device."""
+    batch: PageBatch
+    plan: SelectionPlan
+    q: torch.Tensor
+    """float32 [I, H, group, D]."""
+    dense_out: torch.Tensor
+    """[B, H * group, D], of the tokens that are not compressed."""
+    dense_lse: torch.Tensor
+    """float32 [B, H * group]; also what a scan knows."""
+    unrotate: torch.Tensor
+    """float32 [1, H, D, D], orthogonal."""
+    keys: torch.Tensor
+    """int16 [H, P, PAGE]."""
+    page_lse: torch.Tensor
+    """float32 [H, P, group]."""
+    selected: Selected
+    parts: tuple[tuple[torch.Tensor, torch.Tensor], ...]
+    """Results as of `attend_selected` and of `far_field`: over the pieces of `plan` and over those of `batch`."""
+
+    @property
+    def scale(self) -> float:
+        """Factor of the logits."""
+        return self.dims.dim**-0.5
+
+
+def make_formats(dims: Dims, seed: int = 0) -> tuple[HeadFormats, ...]:
+    """Formats of every head, 4 bits on average: K spread from many to few, V flatter, all different in a head.
+
+    Opposite groups get as many bits above 4 as below, no more in a group than in the one before it.
+    """
+    pairs = dims.dim // GROUP // 2
+    spreads = [list(itertools.combinations_with_replacement(steps, pairs)) for steps in ((2, 1, 0), (1, 0))]
+    drawn, heads, start = random.Random(seed), [], 0
+    for _ in range(dims.heads):
+        k, v = (drawn.sample(spread, _FORMATS) for spread in spreads)
+        formats = tuple(
+            SegmentFormat(page_size=PAGE, k_dim=dims.dim, v_dim=dims.dim, k_bits=_bits(a, dims), v_bits=_bits(b, dims))
+            for a, b in zip(k, v, strict=True)
+        )
+        heads.append(HeadFormats(start, formats, dims.scan_channels, FAR_BIAS))
+        start += max(fmt.segment_bytes for fmt in formats)
+    return tuple(heads)
+
+
+def _bits(spread: tuple[int, ...], dims: Dims) -> tuple[int, ...]:
+    middle = [4] * (dims.dim // GROUP - 2 * len(spread))
+    return tuple([4 + more for more in spread] + middle + [4 - less for less in reversed(spread)])
+
+
+def make_pool(dims: Dims, frames: int, device: torch.device | str, distinct: int = DISTINCT, seed: int = 0) -> Pool:
+    """A pool of copies of `distinct` pages, every segment in one of its head's formats."""
+    heads = make_formats(dims, seed)
+    last = heads[-1]
+    frame_bytes = last.start + max(fmt.segment_bytes for fmt in last.formats)
+    pages = torch.zeros(distinct, frame_bytes, dtype=torch.uint8, device=device)
+    generator = torch.Generator(device).manual_seed(seed)
+    for head in heads:
+        k, v = (torch.randn(distinct, PAGE, dims.dim, generator=generator, device=device) for _ in range(2))
+        number = torch.randint(len(head.formats), (distinct,), generator=generator, device=device)
+        for n, fmt in enumerate(head.formats):
+            mine = number == n
+            data = torch.zeros(int(mine.sum()), fmt.segment_bytes, dtype=torch.uint8, device=device)
+            if len(data):
+                pack(k[mine], v[mine], fmt, data)
+                data[:, 0] = n
+                pages[mine, head.start : head.start + fmt.segment_bytes] = data
+    which = torch.randint(distinct, (frames,), generator=generator, device=device)
+    return Pool(pages[which], heads, make_table([heads], device))
+
+
+def make_case(
+    dims: Dims,
+    pool: Pool,
+    lengths: Sequence[int],
+    frames: torch.Tensor,
+    split: Split,
+    dtype: torch.dtype,
+    seed: int = 0,
+) -> Case:
+    """A batch of requests.
+
+    Args:
+        lengths: pages of each request; a request may have none.
+        frames: int [sum of lengths], rows of the pool's data.
+        dtype: of the dense output.
+    """
+    device = pool.data.device
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator, device=device)
+
+    of_requests = enumerate(frames.cpu().split(list(lengths)))
+    items = [Item(request, 0, own) for request, own in of_requests if len(own)]
+    batch = plan(items, len(lengths), dims.heads, split.programs, device, split.least_pages)
+    most = [max(round(dims.select * PAGE * len(item.frames)), 1) for item in items]
+    room = plan_selection(most, dims.heads, split.token_programs, device, split.least_tokens)
+    query_heads, pages = dims.heads * dims.group, len(frames)
+    logits = normal(dims.heads, 1, pages * PAGE) - DENSE_LSE
+    keys = keys_of(logits, logits.new_zeros(dims.heads, 1), 1).view(dims.heads, pages, PAGE)
+    page_lse = normal(dims.heads, pages, dims.group) * 0.3 + PAGE_LSE
+    cuts = [(len(x.pieces), dims.heads, dims.group) for x in (room, batch)]
+    return Case(
+        dims=dims,
+        pool=pool,
+        lengths=tuple(len(item.frames) for item in items),
+        batch=batch,
+        plan=room,
+        q=normal(len(items), dims.heads, dims.group, dims.dim),
+        dense_out=normal(len(lengths), query_heads, dims.dim).to(dtype),
+        dense_lse=normal(len(lengths), query_heads) + DENSE_LSE,
+        unrotate=torch.linalg.qr(normal(1, dims.heads, dims.dim, dims.dim))[0].contiguous(),
+        keys=keys,
+        page_lse=page_lse,
+        selected=select_by_reference(keys, page_lse, batch, room),
+        parts=tuple((normal(*cut, dims.dim), normal(*cut)) for cut in cuts),
+    )
+
+
+def select_by_reference(keys: torch.Tensor, page_lse: torch.Tensor, batch: PageBatch, room: SelectionPlan) -> Selected:
+    """What `select` finds with top_p 1. Unused room of the lists is 0."""
+    heads, _, page_size = keys.shape
+    first_page, first, most = batch.first_page.tolist(), room.first.tolist(), room.most.tolist()
+    tokens = torch.zeros(heads, room.room, dtype=torch.int32, device=keys.device)
+    counts = torch.zeros(heads, len(most), dtype=torch.int32, device=keys.device)
+    far = torch.empty_like(page_lse)
+    for item, limit in enumerate(most):
+        pages = slice(first_page[item], first_page[item + 1])
+        mine = keys[:, pages].flatten(1)
+        chosen = choose_tokens(mine, 1.0, limit)
+        count = min(limit, mine.shape[1])  # of every head
+        found = chosen.nonzero()[:, 1].view(heads, count) + pages.start * page_size
+        tokens[:, first[item] : first[item] + count] = found.int()
+        counts[:, item] = count
+        left = far_logits(mine[:, None], page_lse[:, pages].transpose(1, 2), chosen[:, None])
+        far[:, pages] = left.transpose(1, 2) + FAR_BIAS
+    return Selected(tokens, counts, far)

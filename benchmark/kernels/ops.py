@@ -1,0 +1,220 @@
+"""Every op: its shapes, the bytes that it must move, its gate and a call to time.
+
+B requests, I items, H KV heads, R = H * group query heads, P pages of 64 tokens, D channels, N selected tokens.
+A gate gives the largest error in units of what is tolerated: above 1, or not a number, it fails.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from benchmark.kernels import expected, traffic
+from benchmark.kernels.cases import Case
+from mosaic_kernels.attend_pages import reference as attend_reference
+from mosaic_kernels.attend_pages.launch import attend_pages
+from mosaic_kernels.attend_selected.launch import attend_selected
+from mosaic_kernels.combine import reference as combine_reference
+from mosaic_kernels.combine.launch import combine
+from mosaic_kernels.far_field import reference as far_reference
+from mosaic_kernels.far_field.launch import far_field
+from mosaic_kernels.scan import reference as scan_reference
+from mosaic_kernels.scan.launch import scan
+from mosaic_kernels.segment_decode.launch import decode_frames
+from mosaic_kernels.select.launch import select
+from mosaic_kernels.select.selection import Selected
+
+# float16 has 11 bits: products of a rounded query, or of rounded weights, with exact codes.
+LOGITS, OUTPUT = 5e-3, 5e-3
+# Of rounded K: of base planes, or with a token's own offsets.
+ROUNDED_LOGITS = 0.02
+# An error of ROUNDED_LOGITS moves the share of the dense tokens by up to a quarter of it, and the two outputs differ by
+# up to twice the largest value.
+MERGED = 1e-2
+OTHER_KEYS = 0.05
+"""Share of keys that may differ, by one."""
+
+
+Part = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+"""What `combine` takes: out, lse and where an item's pieces begin."""
+
+
+@dataclass(frozen=True)
+class Op:
+    """One op, or a chain of them."""
+
+    name: str
+    shapes: str
+    nbytes: Callable[[Case], int]
+    gate: Callable[[Case, expected.Decoded], float]
+    call: Callable[[Case], object]
+    attends: bool = True
+    """It stands for dense attention or a part of it: compared with that."""
+    streams: bool = False
+    """Compared with a plain read of as many bytes."""
+
+
+def _decode(case: Case, dtype: torch.dtype = torch.bfloat16) -> tuple[torch.Tensor, torch.Tensor]:
+    return decode_frames(case.pool.data, case.batch.frames[: case.lengths[0]], case.pool.table, dtype=dtype)
+
+
+def _attend_pages(case: Case) -> tuple[torch.Tensor, torch.Tensor]:
+    return attend_pages(case.q, case.pool.data, case.batch, case.pool.table, case.scale)
+
+
+def _scan(case: Case) -> tuple[torch.Tensor, torch.Tensor]:
+    return scan(case.q, case.pool.data, case.dense_lse, case.batch, case.pool.table, case.scale)
+
+
+def _select(case: Case, keys: torch.Tensor, page_lse: torch.Tensor) -> Selected:
+    return select(keys, page_lse, case.batch, case.plan, case.pool.table)
+
+
+def _attend_selected(case: Case, selected: Selected) -> tuple[torch.Tensor, torch.Tensor]:
+    return attend_selected(case.q, case.pool.data, case.batch, case.plan, selected, case.pool.table, case.scale)
+
+
+def _far_field(case: Case, selected: Selected) -> tuple[torch.Tensor, torch.Tensor]:
+    return far_field(selected.far, case.pool.data, case.batch, case.pool.table)
+
+
+def _combine(case: Case, *parts: Part) -> torch.Tensor:
+    return combine(parts, case.batch, case.unrotate, case.dense_out, case.dense_lse)
+
+
+def _of_selected(case: Case, result: tuple[torch.Tensor, torch.Tensor]) -> Part:
+    return *result, case.plan.first_piece
+
+
+def _of_pages(case: Case, result: tuple[torch.Tensor, torch.Tensor]) -> Part:
+    return *result, case.batch.first_piece
+
+
+def _given(case: Case) -> tuple[Part, Part]:
+    return _of_selected(case, case.parts[0]), _of_pages(case, case.parts[1])
+
+
+def _full(case: Case) -> torch.Tensor:
+    return _combine(case, _of_pages(case, _attend_pages(case)))
+
+
+def _reuse(case: Case, selected: Selected) -> torch.Tensor:
+    attended, far = _attend_selected(case, selected), _far_field(case, selected)
+    return _combine(case, _of_selected(case, attended), _of_pages(case, far))
+
+
+def _step(case: Case) -> torch.Tensor:
+    return _reuse(case, _select(case, *_scan(case)))
+
+
+def _decode_gate(case: Case, pages: expected.Decoded) -> float:
+    count = case.lengths[0]
+    found = _decode(case, torch.float32)
+    same = all(torch.equal(x, y[:, :count]) for x, y in zip(found, (pages.keys, pages.values), strict=True))
+    return 0.0 if same else math.inf
+
+
+def _attend_pages_gate(case: Case, pages: expected.Decoded) -> float:
+    wanted = attend_reference.attend_pages(case.q, pages.keys, pages.values, case.batch, case.scale)
+    return _error(_attend_pages(case), wanted, LOGITS)
+
+
+def _scan_gate(case: Case, pages: expected.Decoded) -> float:
+    keys, lse = _scan(case)
+    wanted = scan_reference.scan(case.q, pages.scanned, case.dense_lse, case.batch, case.scale)
+    steps = float((keys.int() - wanted[0].int()).abs().max())
+    other = float((keys != wanted[0]).float().mean()) / OTHER_KEYS
+    return _worst(steps, other, float((lse - wanted[1]).abs().max()) / ROUNDED_LOGITS)
+
+
+def _select_gate(case: Case, _: expected.Decoded) -> float:
+    found, wanted = _select(case, case.keys, case.page_lse), case.selected
+    same = torch.equal(found.counts, wanted.counts)
+    for item, first in enumerate(case.plan.first[:-1].tolist()):
+        own = slice(first, first + int(wanted.counts[0, item]))
+        same = same and torch.equal(found.tokens[:, own], wanted.tokens[:, own])
+    return _elementwise(found.far, wanted.far, 1e-4, 1e-4) if same else math.inf
+
+
+def _attend_selected_gate(case: Case, pages: expected.Decoded) -> float:
+    found = expected.joined(_attend_selected(case, case.selected), case.plan.first_piece)
+    return _error(found, expected.over_selected(case, pages, case.selected, far=False), ROUNDED_LOGITS)
+
+
+def _far_field_gate(case: Case, pages: expected.Decoded) -> float:
+    wanted = far_reference.far_field(case.selected.far, pages.means, case.batch)
+    out, lse = _far_field(case, case.selected)
+    return _worst(_by_row(out, wanted[0], OUTPUT), _elementwise(lse, wanted[1], 1e-5, 1e-5))
+
+
+def _combine_gate(case: Case, _: expected.Decoded) -> float:
+    wanted = combine_reference.combine(_given(case), case.batch, case.unrotate, case.dense_out, case.dense_lse)
+    return _elementwise(_combine(case, *_given(case)), wanted, 1e-4, 1e-5)
+
+
+def _full_gate(case: Case, pages: expected.Decoded) -> float:
+    return _by_row(_full(case), expected.with_dense(case, expected.over_all(case, pages)), MERGED)
+
+
+def _reuse_gate(case: Case, pages: expected.Decoded) -> float:
+    wanted = expected.with_dense(case, expected.over_selected(case, pages, case.selected, far=True))
+    return _by_row(_reuse(case, case.selected), wanted, MERGED)
+
+
+def _step_gate(case: Case, pages: expected.Decoded) -> float:
+    # A key that is off by one chooses another token: the references read what the kernels chose.
+    selected = _select(case, *_scan(case))
+    wanted = expected.with_dense(case, expected.over_selected(case, pages, selected, far=True))
+    return _by_row(_step(case), wanted, MERGED)
+
+
+def _error(found: tuple[torch.Tensor, torch.Tensor], wanted: tuple[torch.Tensor, torch.Tensor], logits: float) -> float:
+    """Of an output and its log-sum-exp."""
+    return _worst(_by_row(found[0], wanted[0], OUTPUT), float((found[1] - wanted[1]).abs().max()) / logits)
+
+
+def _by_row(found: torch.Tensor, wanted: torch.Tensor, relative: float) -> float:
+    """In shares of the largest value of each row."""
+    bound = relative * wanted.abs().amax(-1, keepdim=True).clamp_min(1e-3)
+    return float(((found - wanted).abs() / bound).max())
+
+
+def _elementwise(found: torch.Tensor, wanted: torch.Tensor, relative: float, absolute: float) -> float:
+    error = (found - wanted).abs() / (absolute + relative * wanted.abs())
+    # Equal infinities.
+    return float(torch.where(found == wanted, 0.0, error).max())
+
+
+def _worst(*errors: float) -> float:
+    """The largest; not a number if any is not."""
+    return math.nan if any(map(math.isnan, errors)) else max(errors)
+
+
+_REUSE = traffic.attend_selected_bytes, traffic.far_field_bytes, traffic.combine_bytes(2)
+
+OPS = (
+    Op("segment_decode", "pages of one request -> K, V bf16 [H, pages, 64, D]",
+       traffic.decode_bytes, _decode_gate, _decode, attends=False),
+    Op("attend_pages", "q [I, H, group, D], P pages -> out [pieces, H, group, D], lse",
+       traffic.attend_pages_bytes, _attend_pages_gate, _attend_pages),
+    Op("scan", "q [I, H, group, D], scan channels of P pages -> keys int16 [H, P, 64], lse [H, P, group]",
+       traffic.scan_bytes, _scan_gate, _scan, streams=True),
+    Op("select", "keys [H, P, 64], lse [H, P, group] -> tokens [H, N], far [H, P, group]",
+       traffic.select_bytes, _select_gate, lambda case: _select(case, case.keys, case.page_lse)),
+    Op("attend_selected", "q [I, H, group, D], tokens [H, N] -> out [pieces, H, group, D], lse",
+       traffic.attend_selected_bytes, _attend_selected_gate, lambda case: _attend_selected(case, case.selected)),
+    Op("far_field", "far [H, P, group], mean V of P pages -> out [pieces, H, group, D], lse",
+       traffic.far_field_bytes, _far_field_gate, lambda case: _far_field(case, case.selected)),
+    Op("combine", "two outs [pieces, H, group, D], dense out [B, R, D] -> out [B, R, D]",
+       traffic.combine_bytes(2), _combine_gate, lambda case: _combine(case, *_given(case))),
+    Op("full", "attend_pages, combine: a step that reads everything",
+       traffic.total(traffic.attend_pages_bytes, traffic.combine_bytes(1)), _full_gate, _full),
+    Op("step", "scan, select, attend_selected, far_field, combine: a step that selects afresh",
+       traffic.total(traffic.scan_bytes, traffic.select_bytes, *_REUSE), _step_gate, _step),
+    Op("reuse", "attend_selected, far_field, combine: a step that reuses a selection",
+       traffic.total(*_REUSE), _reuse_gate, lambda case: _reuse(case, case.selected)),
+)  # fmt: skip
+BY_NAME = {op.name: op for op in OPS}
