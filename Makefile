@@ -7,7 +7,7 @@ export VENV PYTHON HOST PORT MODEL
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help install model serve test lint clean
+.PHONY: help install model serve test test-gpu lint clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -23,6 +23,10 @@ serve: install ## serve on 127.0.0.1:30000; HOST=, PORT=, MODEL=, ARGS="--more -
 
 test: install model ## run the whole test suite; PYTEST_ARGS="-k name"
 	@$(PY) -m pytest $(PYTEST_ARGS)
+
+test-gpu: install ## run the kernels' tests on this machine's GPU
+	@$(PY) -c 'import sys, torch; torch.cuda.is_available() or sys.exit("make test-gpu: torch sees no CUDA device")'
+	@$(PY) -m pytest test/test_kernels_*.py $(PYTEST_ARGS)
 
 lint: install ## check the code with ruff
 	@$(PY) -m ruff check .

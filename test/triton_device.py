@@ -12,7 +12,9 @@ import torch
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 INTERPRETED = DEVICE == "cpu"
 
-OPS = ("attend_pages", "attend_selected", "combine", "far_field", "scan", "segment_decode", "select")
+OPS = (
+    "attend_pages", "attend_selected", "combine", "far_field", "scan", "segment_decode", "segment_encode", "select",
+)  # fmt: skip
 
 if INTERPRETED:
     before = os.environ.get("TRITON_INTERPRET")

@@ -61,7 +61,7 @@ CHANGES = (
     Change("2 bits of K span the whole range", ((quantise, "K_COVERS", {1: 0.5}), *_k_shares(bits2=1 / 12 / 9))),
     Change("no 1 bit", _without(1)),
     Change("no 1, 3, 5 and 6 bits", _without(1, 3, 5, 6)),
-    Change("one scale of V tried", ((quantise, "_V_TRIED", (1,)),)),
+    Change("one scale of V tried", ((quantise, "V_TRIED", (1,)),)),
     Change("one format per head", ((calibration, "FORMATS", 1), (calibration, "SINK_FORMATS", 0))),
     Change("no exception tokens", ((calibration, "EXCEPTIONS", (0,)),)),
     Change("the same bytes for every head", ((calibration, "SMALLEST", 1.0), (calibration, "LARGEST", 1.0))),

@@ -40,6 +40,8 @@ from mosaic_kernels.scan import launch as scan
 from mosaic_kernels.scan.kernel import scan_kernel
 from mosaic_kernels.segment_decode import launch as segment_decode
 from mosaic_kernels.segment_decode.kernel import decode_kernel
+from mosaic_kernels.segment_encode import launch as segment_encode
+from mosaic_kernels.segment_encode.kernel import encode_kernel
 from mosaic_kernels.select import launch as select
 from mosaic_kernels.select.kernel import collect_kernel, count_kernel, threshold_kernel
 
@@ -49,7 +51,7 @@ TYPES = {
     "k_out": "*bf16", "v_out": "*bf16", "dense_out": "*bf16", "result": "*bf16",
 } | dict.fromkeys(
     ("q", "v_levels", "known_lse", "page_lse", "far", "far_bias", "unrotate", "dense_lse",
-     "out", "lse", "out_a", "lse_a", "out_b", "lse_b"), "*fp32",
+     "k_rot", "v_rot", "out", "lse", "out_a", "lse_a", "out_b", "lse_b"), "*fp32",
 )  # fmt: skip
 """Of kernel arguments; the others are pointers to int32."""
 _BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -66,6 +68,7 @@ class Kernel(NamedTuple):
 
 WIDE = "ROWS", attend_pages.MOST_ROWS
 KERNELS = {
+    "encode": Kernel(encode_kernel, segment_encode),
     "decode": Kernel(decode_kernel, segment_decode, (("TILE", segment_decode.TILE),)),
     "attend_pages": Kernel(attend_pages_kernel, attend_pages),
     "scan": Kernel(scan_kernel, scan),
@@ -103,7 +106,7 @@ def compile_kernel(kernel: Kernel, head_dim: int, group: int, arch: int) -> dict
         for i, name in enumerate(names)
         if signature[name].startswith("*") or name == "frame_bytes"
     }
-    options = {"num_warps": kernel.launch.WARPS}
+    options = {"num_warps": kernel.launch.WARPS, "enable_fp_fusion": kernel.launch is not segment_encode}
     if hasattr(kernel.launch, "STAGES"):
         options["num_stages"] = kernel.launch.STAGES
     source = ASTSource(fn=kernel.function, signature=signature, constexprs=constants, attrs=aligned)

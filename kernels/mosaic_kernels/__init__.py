@@ -1,4 +1,4 @@
-"""Kernels of sglang_mosaic on torch alone (later triton); imports nothing of sglang_mosaic.
+"""Kernels of sglang_mosaic on torch and Triton; imports nothing of sglang_mosaic.
 
 | op | does |
 |---|---|
@@ -7,7 +7,13 @@
 | `segment_decode` | segment bytes -> K and V in the rotated bases |
 | `attend` | attention over given keys, with log-sum-exp |
 | `merge_lse` | joins two attention results over disjoint keys |
+| `page_batch.plan` | cuts the compressed pages of a batch into pieces of equal length |
+| `attend_pages` | attention over all tokens of pages, straight from their bytes |
+| `scan`, `select` | which tokens get most attention, and a list of them |
+| `attend_selected`, `far_field` | attention over those, and over one mean token a page for the others |
+| `combine` | joins pieces, epochs and dense pages |
 
-Each op's `reference.py` is plain torch, runs on any device and arbitrates tests and benchmarks of faster versions.
-Nothing is imported here: a caller imports the op that it uses.
+Each op's `reference.py` is plain torch, runs on any device and arbitrates; `kernel.py` is device code for any format
+(`segment_table`, `load_segment`), and `launch.py` checks arguments and launches it. Nothing is imported here: a caller
+imports the op that it uses.
 """

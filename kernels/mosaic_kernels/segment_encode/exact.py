@@ -13,7 +13,7 @@ import torch
 INPUT_BITS = 20
 BASIS_BITS = 23
 MAX_CHANNELS = 1024
-_SMALLEST_EXPONENT = -100  # keeps the scaling factor 2^(bits - exponent) within float32
+SMALLEST_EXPONENT = -100  # keeps the scaling factor 2^(bits - exponent) within float32
 
 
 def magnitude(x: torch.Tensor) -> torch.Tensor:
@@ -56,7 +56,7 @@ def exact_mean(x: torch.Tensor, without: torch.Tensor | None = None) -> torch.Te
 def _to_integers(x: torch.Tensor, largest: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
     """float64 integers of at most 2^bits in magnitude, and the power of two that one of them is worth, float64."""
     # largest < 2^exponent. Scaling and rounding are exact in float32: bits < 24.
-    exponent = torch.frexp(largest).exponent.clamp_min(_SMALLEST_EXPONENT)
+    exponent = torch.frexp(largest).exponent.clamp_min(SMALLEST_EXPONENT)
     # frexp() leaves the exponent of NaN and infinity open; any will do, they stay what they are.
     exponent = torch.where(largest.isfinite(), exponent, 0)
     # Powers of two from their bit patterns: pow() and ldexp() are not exact on every device.

@@ -19,8 +19,8 @@ INFINITE_SCALE = 0x7C00 >> 7  # scale byte of float16's infinity
 K_COVERS = {1: 0.5, 2: 0.85}
 """Bits -> share of the range that K's levels cover, 1 for others; measured on the attention output (docs/codec.md)."""
 # Bytes of V's scale to try, relative to that of a third of the token's largest value: about 1/3.4, 1/2.7, 1/2.1 of it.
-_V_TRIED = (-1, 1, 3)
-_ERROR_UNITS = 256  # per step; squared errors are summed as integers of them
+V_TRIED = (-1, 1, 3)
+ERROR_UNITS = 256  # per step; squared errors are summed as integers of them
 
 
 def quantise_channels(
@@ -48,8 +48,9 @@ def quantise_channels(
     scales = ((high * 0.5 - low * 0.5) * cover / (levels - 1).clamp_min(1) * 2).half()
     scales = torch.where(levels > 1, scales, 0)
     # Centred, so that both ends share what the scale lost by rounding.
-    offsets = (low * 0.5 + high * 0.5 - scales.float() * ((levels - 1) * 0.5)).half()
-    offsets = torch.where(levels > 1, offsets, mean.half())
+    offsets = low * 0.5 + high * 0.5 - scales.float() * ((levels - 1) * 0.5)
+    # Which zero a minimum returns differs between devices: + 0.0 makes both positive.
+    offsets = (torch.where(levels > 1, offsets, mean) + 0.0).half()
     codes = _codes(y - offsets.float()[..., None, :], scales.float()[..., None, :], levels)
     return codes, scales, offsets
 
@@ -75,13 +76,13 @@ def quantise_tokens(y: torch.Tensor, bits: tuple[int, ...]) -> tuple[torch.Tenso
     largest = y.abs().amax(-1, keepdim=True)
     anchor = nearest_scale_byte(largest / 3)
     best = codes = scales = None
-    for more in _V_TRIED:
+    for more in V_TRIED:
         byte = torch.where(anchor < INFINITE_SCALE, (anchor + more).clamp(0, INFINITE_SCALE - 1), anchor)
         scale = scale_of(byte)
         above = y / (steps * divisor(scale)) + last * 0.5
         code = torch.minimum(above.round().clamp_min_(0), last)
         # Integers, so that the order of summation does not matter: at most 4 steps per value.
-        error = above.sub_(code).mul_(_ERROR_UNITS).round_().nan_to_num_(0, 0, 0).int().square_().sum(-1, keepdim=True)
+        error = above.sub_(code).mul_(ERROR_UNITS).round_().nan_to_num_(0, 0, 0).int().square_().sum(-1, keepdim=True)
         error = error * scale.double().square()
         if best is None:
             best, codes, scales = error, code, byte

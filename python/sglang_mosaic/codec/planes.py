@@ -20,12 +20,9 @@ from sglang_mosaic.codec import strategies
 from sglang_mosaic.codec.base import Codec, Epoch, LayerSample, check_pages
 from sglang_mosaic.codec.basis import value_weights
 from sglang_mosaic.codec.calibration import LayerStatistics, make_plan
-from sglang_mosaic.codec.plan import Format, HeadPlan, LayerPlan, plan_hash
+from sglang_mosaic.codec.encoding import FORMAT, Segments, by_format, encode_segments
+from sglang_mosaic.codec.plan import Format, LayerPlan, plan_hash
 from sglang_mosaic.codec.statistics import QueryStatistics, by_kv_head
-from sglang_mosaic.errors import MosaicError
-
-_FORMAT = 0  # byte of the header: number of the format
-_ERROR = 4  # four bytes of the header: float32, relative error
 
 
 class PlanesEpoch(Epoch):
@@ -73,13 +70,17 @@ class PlanesEpoch(Epoch):
             strategies.costs(head.formats, k_rot[h], v_rot[h], head.k_weight, self._v_weights[layer][h]).argmin(1)
             for h, head in enumerate(plan.heads)
         ]
-        data = torch.zeros(len(k), plan.nbytes, dtype=torch.uint8, device=k.device)
-        errors = torch.zeros(heads, len(k), device=k.device)
-        for h, i, rows in _by_format(torch.stack(choices, 1), plan):
-            segments, error = _encode(k_rot[h][rows], v_rot[h][rows], plan.heads[h], i, self._v_weights[layer][h])
-            data[rows, self._segments[layer][h]], errors[h, rows] = segments, error
+        numbers = torch.stack(choices, 1)
+        chosen = list(by_format(numbers, plan))
+        for h, i, _ in chosen:
             self._note_rare(plan.heads[h].formats[i])
-        return data, errors.T
+        segments = Segments(plan, self._segments[layer], self._v_weights[layer])
+        if k.is_cuda:
+            # Imported here: Triton needs a GPU's driver.
+            from sglang_mosaic.codec.kernel_encoding import encode_segments as encode_by_kernel
+
+            return encode_by_kernel(segments, k_rot, v_rot, numbers, chosen)
+        return encode_segments(segments, k_rot, v_rot, chosen)
 
     def decode(self, layer: int, data: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         plan = self.layers[layer]
@@ -125,8 +126,8 @@ class PlanesEpoch(Epoch):
             MosaicError: a segment was never encoded, or not with this plan.
         """
         plan, segments = self.layers[layer], self._segments[layer]
-        choices = torch.stack([data[:, segment.start + _FORMAT] for segment in segments], 1)
-        for h, i, rows in _by_format(choices, plan):
+        choices = torch.stack([data[:, segment.start + FORMAT] for segment in segments], 1)
+        for h, i, rows in by_format(choices, plan):
             found = data[:, segments[h]]
             yield h, plan.heads[h].formats[i], rows, found if len(rows) == len(data) else found[rows]
 
@@ -237,47 +238,6 @@ def _spans(sizes: Iterable[int]) -> list[slice]:
     """Things of these sizes one after the other."""
     ends = list(itertools.accumulate(sizes, initial=0))
     return [slice(start, stop) for start, stop in itertools.pairwise(ends)]
-
-
-def _encode(
-    k_rot: torch.Tensor, v_rot: torch.Tensor, head: HeadPlan, number: int, v_weights: tuple[float, ...]
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Segments [P, T, D] float32 in format `number` of a head: uint8 [P, segment_bytes], float32 [P] errors."""
-    fmt = head.formats[number]
-    segments = torch.zeros(len(k_rot), head.segment_bytes, dtype=torch.uint8, device=k_rot.device)
-    strategies.pack(fmt, k_rot, v_rot, segments)
-    k_coded, v_coded = strategies.decode(fmt, segments)
-    v_squares = (v_rot - v_coded).double().square() * constant(v_weights, torch.float64, v_rot.device)
-    squared = (k_rot - k_coded).double().square().sum((1, 2)) * head.k_weight + v_squares.sum((1, 2))
-    # Rounded, so that the order of summation does not show in the bytes.
-    error = squared.sqrt().bfloat16().float()
-    segments[:, _FORMAT] = number
-    segments[:, _ERROR : _ERROR + 4] = error[:, None].view(torch.uint8)
-    return segments, error
-
-
-def _by_format(choices: torch.Tensor, plan: LayerPlan) -> Iterator[tuple[int, int, torch.Tensor]]:
-    """Head, number of a format, and the pages that have it, for every combination that occurs.
-
-    Waits for the device once, whatever the number of heads and formats.
-
-    Args:
-        choices: integer [P, H].
-    """
-    most = max(len(head.formats) for head in plan.heads)
-    numbers = torch.arange(most, device=choices.device)
-    counts = (choices[:, :, None] == numbers).sum(0)
-    order = choices.argsort(dim=0, stable=True)
-    for h, (head, of_head) in enumerate(zip(plan.heads, counts.tolist(), strict=True)):
-        if sum(of_head[: len(head.formats)]) != len(choices):
-            raise MosaicError(
-                f"a segment has format {int(choices[:, h].max())} of {len(head.formats)}: its frame was never encoded"
-            )
-        at = 0
-        for i, count in enumerate(of_head):
-            if count:
-                yield h, i, order[at : at + count, h]
-            at += count
 
 
 def _per_head(x: torch.Tensor, basis: torch.Tensor) -> torch.Tensor:

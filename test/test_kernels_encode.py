@@ -1,0 +1,116 @@
+"""The Triton encoder writes the reference's bytes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from frame_cases import make_pool, widths
+from mosaic_kernels.segment import SegmentFormat
+from mosaic_kernels.segment_encode.launch import encode_pages
+from mosaic_kernels.segment_encode.reference import rotate_pages
+from mosaic_kernels.segment_table import HeadFormats, make_table
+from segment_cases import FORMATS, packed, sample
+from sglang_mosaic.codec import kernel_encoding
+from sglang_mosaic.codec.encoding import Segments, by_format
+from test_codec_planes import DIM, HEADS, calibrated, pages
+from triton_device import DEVICE
+
+PLANES = [name for name, fmt in FORMATS.items() if fmt.page_size == 64 and not fmt.exceptions]
+
+
+def by_kernel(k, v, formats, numbers):
+    """Segments [H, P, bytes] of rotated [H, P, T, D], every head with the same formats."""
+    size = max(fmt.segment_bytes for fmt in formats)
+    heads, pages = k.shape[:2]
+    table = make_table([[HeadFormats(h * size, tuple(formats)) for h in range(heads)]], DEVICE)
+    data = torch.zeros(pages, heads * size, dtype=torch.uint8, device=DEVICE)
+    encode_pages(k.to(DEVICE), v.to(DEVICE), numbers.int().to(DEVICE), data, table)
+    return data.cpu().view(pages, heads, size).transpose(0, 1)
+
+
+def assert_same_bytes(k, v, formats, numbers):
+    found = by_kernel(k, v, formats, numbers)
+    for h, of_head in enumerate(numbers.tolist()):
+        for page, number in enumerate(of_head):
+            fmt = formats[number]
+            wanted = packed(k[h, page, None], v[h, page, None], fmt)[0]
+            differ = (found[h, page, : fmt.segment_bytes] != wanted).nonzero().flatten().tolist()
+            assert not differ, f"{fmt}: bytes {differ[:8]}"
+            assert not found[h, page, fmt.segment_bytes :].any()
+
+
+@pytest.mark.parametrize("name", PLANES)
+def test_same_bytes(name: str) -> None:
+    fmt = FORMATS[name]
+    k, v = (x.permute(2, 0, 1, 3).contiguous() for x in sample(fmt, pages=2, heads=2))
+    assert_same_bytes(k, v, [fmt], torch.zeros(2, 2, dtype=torch.int32))
+
+
+def test_every_segment_in_its_own_format() -> None:
+    generator = torch.Generator().manual_seed(4)
+    formats = [
+        SegmentFormat(k_dim=96, v_dim=64, k_bits=widths(96, generator), v_bits=widths(64, generator)) for _ in range(4)
+    ]
+    k, v = (torch.randn(2, 6, 64, dim, generator=generator) for dim in (96, 64))
+    assert_same_bytes(k, v, formats, torch.randint(4, (2, 6), generator=generator))
+
+
+HARD = {
+    "zeros": lambda x: x * 0,
+    "constant": lambda x: x * 0 + 0.3,
+    "tiny": lambda x: x * 1e-30,
+    "denormal": lambda x: x * 1e-41,
+    "large": lambda x: x * 1e4,
+    "one channel": lambda x: x * torch.where(torch.arange(x.shape[-1]) == 3, 1e4, 1.0),
+    "one token": lambda x: x * torch.where(torch.arange(64) == 17, 300.0, 1.0)[:, None],
+    # Values half-way between codes.
+    "ties": lambda x: (x * 4).round() / 8,
+    "equal tokens": lambda x: x[..., :1, :].expand_as(x).contiguous(),
+    "alternating": lambda x: x.abs() * torch.where(torch.arange(64) % 2 == 0, 1.0, -1.0)[:, None],
+}
+
+
+@pytest.mark.parametrize("kind", HARD)
+def test_hard_values(kind: str) -> None:
+    fmt = SegmentFormat(k_dim=64, v_dim=64, k_bits=(5, 3, 1, 0), v_bits=(6, 2, 1, 0))
+    k, v = (HARD[kind](x.permute(2, 0, 1, 3).contiguous()) for x in sample(fmt, pages=1, heads=1))
+    assert_same_bytes(k, v, [fmt], torch.zeros(1, 1, dtype=torch.int32))
+
+
+def test_what_is_not_finite_stays_so_and_disturbs_nothing_else() -> None:
+    fmt = SegmentFormat(k_dim=64, v_dim=64, k_bits=(4, 3, 2, 1), v_bits=(4, 3, 2, 1))
+    k, v = (x.permute(2, 0, 1, 3).contiguous() for x in sample(fmt, pages=3, heads=1))
+    wanted = by_kernel(k, v, [fmt], torch.zeros(1, 3))
+    k[0, 1, 5, 7], v[0, 1, 9, 3] = torch.inf, torch.nan
+    found = by_kernel(k, v, [fmt], torch.zeros(1, 3))
+    assert torch.equal(found[:, [0, 2]], wanted[:, [0, 2]])
+    scales = found[0, 1, fmt.k.scales : fmt.k.offsets].contiguous().view(torch.float16)
+    assert not scales[7].isfinite() and scales[8:].isfinite().all()
+    tokens = found[0, 1, fmt.v.scales : fmt.v.scales + 64]
+    assert tokens[9] == 248 and (tokens[torch.arange(64) != 9] < 248).all()
+
+
+def test_rare_formats_are_left_alone() -> None:
+    pool = make_pool(heads=1, formats=2)
+    (head,) = pool.epochs[0]
+    rare = [n for n, fmt in enumerate(head.formats) if getattr(fmt, "exceptions", 1)]
+    data = torch.zeros(len(rare), pool.data.shape[1], dtype=torch.uint8, device=DEVICE)
+    k = torch.randn(1, len(rare), 64, 64, device=DEVICE)
+    encode_pages(k, k, torch.tensor([rare], dtype=torch.int32, device=DEVICE), data, pool.table)
+    assert len(rare) == 2 and not data.any()
+
+
+def test_the_codecs_bytes_and_errors_are_the_same_by_kernel() -> None:
+    codec, epoch = calibrated(ratio=5.0)
+    assert codec.frame_bytes >= epoch.frame_bytes
+    k, v = (x.to(DEVICE) for x in (pages(4, HEADS, 5), pages(4, HEADS, 6)))
+    k[2, :, 1] += 40 * torch.eye(64, DIM, device=DEVICE)  # a page that another format suits
+    layer, plan = 1, epoch.layers[1]
+    data, errors = epoch.encode(layer, k, v)
+    numbers = torch.stack([data[:, span.start] for span in epoch._segments[layer]], 1).long()
+    segments = Segments(plan, epoch._segments[layer], epoch._v_weights[layer])
+    rotated = rotate_pages(k, plan.basis.k_basis), rotate_pages(v, plan.basis.v_basis)
+    found = kernel_encoding.encode_segments(segments, *rotated, numbers, list(by_format(numbers, plan)))
+    assert torch.equal(found[0], data)
+    torch.testing.assert_close(found[1], errors, rtol=2**-7, atol=0)
