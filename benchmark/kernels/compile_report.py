@@ -42,6 +42,7 @@ from mosaic_kernels.segment_decode import launch as segment_decode
 from mosaic_kernels.segment_decode.kernel import decode_kernel
 from mosaic_kernels.segment_encode import launch as segment_encode
 from mosaic_kernels.segment_encode.kernel import encode_kernel
+from mosaic_kernels.segment_table import MOST_GROUP
 from mosaic_kernels.select import launch as select
 from mosaic_kernels.select.kernel import collect_kernel, count_kernel, threshold_kernel
 
@@ -66,7 +67,7 @@ class Kernel(NamedTuple):
     tiles: tuple[tuple[str, int], ...] = ()
 
 
-WIDE = "ROWS", attend_pages.MOST_ROWS
+WIDE = "ROWS", MOST_GROUP
 KERNELS = {
     "encode": Kernel(encode_kernel, segment_encode),
     "decode": Kernel(decode_kernel, segment_decode, (("TILE", segment_decode.TILE),)),

@@ -32,6 +32,8 @@ BASE, REFINEMENT, BITS = 0, 1, 2
 BITS: bits of the base | bits of the refinement << 8."""
 WORDS = 3
 _MOST_BYTES = 1 << 16
+MOST_CHANNELS, MOST_GROUP = 256, 16
+"""Channels of a head and query heads per KV head that kernels can have."""
 
 
 class HeadFormats(NamedTuple):
@@ -136,6 +138,11 @@ def make_table(
         any_topk=topk and any(isinstance(fmt, TopKFormat) for fmt in every),
         any_exceptions=exceptions and any(isinstance(fmt, SegmentFormat) and fmt.exceptions > 0 for fmt in every),
     )
+
+
+def kernels_can(k_dim: int, v_dim: int, group: int = 1) -> bool:
+    """Whether there are kernels for heads of these dimensions, shared by so many query heads."""
+    return max(k_dim, v_dim) <= MOST_CHANNELS and group <= MOST_GROUP
 
 
 def check_frames(data: torch.Tensor, frames: torch.Tensor, table: SegmentTable, epoch: int | None = None) -> None:

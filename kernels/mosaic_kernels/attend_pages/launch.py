@@ -6,17 +6,15 @@ import torch
 
 from mosaic_kernels.attend_pages.kernel import attend_pages_kernel
 from mosaic_kernels.page_batch import PageBatch
-from mosaic_kernels.segment_table import SegmentTable, check_frames, padded
+from mosaic_kernels.segment_table import MOST_GROUP, SegmentTable, check_frames, padded
 
-MOST_ROWS = 16
-"""Query heads that may share a KV head."""
 # The fewest instructions per page that still leave registers for 12 warps a multiprocessor (docs/kernels.md).
 WARPS, STAGES = 2, 1
 
 
 def query_rows(group: int) -> int:
     """Query heads of a KV head, filled up to what a tensor core multiplies."""
-    return 8 if group <= 8 else MOST_ROWS
+    return 8 if group <= 8 else MOST_GROUP
 
 
 def attend_pages(
@@ -60,7 +58,7 @@ def check_queries(q: torch.Tensor, batch: PageBatch, table: SegmentTable) -> Non
         ValueError: `q` is not a contiguous float32 [items, H, 1 to 16, k_dim].
     """
     wanted = len(batch.epochs), table.heads, table.k_dim
-    if q.dim() != 4 or (*q.shape[:2], q.shape[3]) != wanted or not 1 <= q.shape[2] <= MOST_ROWS:
-        raise ValueError(f"q must be [{wanted[0]}, {wanted[1]}, 1 to {MOST_ROWS}, {wanted[2]}], got {tuple(q.shape)}")
+    if q.dim() != 4 or (*q.shape[:2], q.shape[3]) != wanted or not 1 <= q.shape[2] <= MOST_GROUP:
+        raise ValueError(f"q must be [{wanted[0]}, {wanted[1]}, 1 to {MOST_GROUP}, {wanted[2]}], got {tuple(q.shape)}")
     if q.dtype != torch.float32 or not q.is_contiguous():
         raise ValueError(f"q must be contiguous float32, got {q.dtype} with strides {q.stride()}")

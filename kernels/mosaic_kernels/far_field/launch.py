@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from mosaic_kernels.attend_pages.launch import MOST_ROWS
 from mosaic_kernels.far_field.kernel import far_field_kernel
 from mosaic_kernels.page_batch import PageBatch
-from mosaic_kernels.segment_table import SegmentTable, check_frames, padded
+from mosaic_kernels.segment_table import MOST_GROUP, SegmentTable, check_frames, padded
 
 TILE_PAGES, WARPS, STAGES = 16, 4, 1
 
@@ -39,7 +38,7 @@ def far_field(
         far_field_kernel[batch.capacity, heads](
             far, data, data.stride(0), batch.frames, batch.pieces, batch.epochs, table.starts, table.scalars,
             out, lse, pages,
-            HEADS=heads, GROUP=group, ROWS=MOST_ROWS, FORMATS=table.formats, T=table.page_size,
+            HEADS=heads, GROUP=group, ROWS=MOST_GROUP, FORMATS=table.formats, T=table.page_size,
             PAGES=TILE_PAGES,
             DV=padded(table.v_dim), V_DIM=table.v_dim, ANY_TOPK=table.any_topk,
             ANY_EXCEPTIONS=table.any_exceptions, num_warps=WARPS, num_stages=STAGES,

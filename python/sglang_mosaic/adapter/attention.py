@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc
+from sglang.srt.runtime_context import get_parallel
 
 from sglang_mosaic.cache.mixed_attention import Sequence
 from sglang_mosaic.cache.readers import Mixed, Readers
@@ -47,7 +48,8 @@ class MosaicAttentionBackend(TorchNativeAttnBackend):
         self.memory = runner.token_to_kv_pool.memory
         self.start_layer = runner.token_to_kv_pool.start_layer
         self._plan: _Plan | None = None
-        self._readers = Readers(self.memory)
+        heads = runner.model_config.num_attention_heads // get_parallel().attn_tp_size
+        self._readers = Readers(self.memory, heads // self.memory.dense_k[0].shape[1])
 
     def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
         super().init_forward_metadata(forward_batch)

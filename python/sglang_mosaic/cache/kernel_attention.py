@@ -62,7 +62,10 @@ def kernel_decoder(memory: PageMemory, tables: SegmentTables) -> Decode:
 
 
 class SharedSelections:
-    """Selections that later steps of the same requests go on with (`--mosaic-select-steps`)."""
+    """Selections that later steps of the same requests go on with (`--mosaic-select-steps`).
+
+    Only while no further page of theirs is compressed: then they select anew.
+    """
 
     def __init__(self, steps: int) -> None:
         self._steps = steps

@@ -6,6 +6,7 @@ from typing import Protocol
 
 import torch
 
+from mosaic_kernels.segment_table import kernels_can
 from sglang_mosaic.cache.memory import PageMemory
 from sglang_mosaic.cache.mixed_attention import MixedAttention, Sequence
 from sglang_mosaic.cache.segment_tables import SegmentTables
@@ -24,15 +25,17 @@ class Readers:
 
     Args:
         memory: the pool.
+        group: query heads per KV head.
     """
 
-    def __init__(self, memory: PageMemory) -> None:
+    def __init__(self, memory: PageMemory, group: int) -> None:
         self._memory = memory
         config = memory.config
         self._selections = Selections(config) if config.select else None
         # Only the codec of this project has kernels; the baselines are there to be compared with.
         self._tables = None
-        if memory.slab.frames.is_cuda and config.codec == "planes":
+        dims = memory.dense_k[0].shape[-1], memory.dense_v[0].shape[-1]
+        if memory.slab.frames.is_cuda and config.codec == "planes" and kernels_can(*dims, group):
             # Imported here: Triton needs a GPU's driver.
             from sglang_mosaic.cache.kernel_attention import SharedSelections
 

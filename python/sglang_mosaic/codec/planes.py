@@ -15,7 +15,7 @@ import torch
 from mosaic_kernels.constants import constant
 from mosaic_kernels.segment import ALIGNMENT, GROUP, SegmentFormat
 from mosaic_kernels.segment_encode.reference import rotate_pages
-from mosaic_kernels.segment_table import HeadFormats
+from mosaic_kernels.segment_table import HeadFormats, kernels_can
 from sglang_mosaic.codec import strategies
 from sglang_mosaic.codec.base import Codec, Epoch, LayerSample, check_pages
 from sglang_mosaic.codec.basis import value_weights
@@ -75,7 +75,7 @@ class PlanesEpoch(Epoch):
         for h, i, _ in chosen:
             self._note_rare(plan.heads[h].formats[i])
         segments = Segments(plan, self._segments[layer], self._v_weights[layer])
-        if k.is_cuda:
+        if k.is_cuda and kernels_can(k.shape[-1], v.shape[-1]):
             # Imported here: Triton needs a GPU's driver.
             from sglang_mosaic.codec.kernel_encoding import encode_segments as encode_by_kernel
 
