@@ -25,10 +25,24 @@ from mosaic_kernels.select.selection import Selected, SelectionPlan, plan_select
 PAGE = 64
 DISTINCT = 64
 """Pages that are encoded; the others are copies of them."""
+MOST_ENCODED = 512
+"""Pages that are encoded at a time: as many as a chunk of 32k new tokens fills."""
 FAR_BIAS = -0.25
 DENSE_LSE, PAGE_LSE = 6.0, 4.6
 """Usual log-sum-exp of the dense tokens and of a page, for logits of variance 1."""
 _FORMATS = 2
+
+
+class Rotated(NamedTuple):
+    """Pages to encode, and where to."""
+
+    keys: torch.Tensor
+    """float32 [H, pages, PAGE, D]."""
+    values: torch.Tensor
+    numbers: torch.Tensor
+    """int32 [H, pages], formats of the segments."""
+    data: torch.Tensor
+    """uint8 [pages, frame_bytes], zeroed."""
 
 
 class Dims(NamedTuple):
@@ -106,6 +120,8 @@ class Case:
     page_lse: torch.Tensor
     """float32 [H, P, group]."""
     selected: Selected
+    rotated: Rotated
+    """At most MOST_ENCODED pages."""
     parts: tuple[tuple[torch.Tensor, torch.Tensor], ...]
     """Results as of `attend_selected` and of `far_field`: over the pieces of `plan` and over those of `batch`."""
 
@@ -205,8 +221,16 @@ def make_case(
         keys=keys,
         page_lse=page_lse,
         selected=select_by_reference(keys, page_lse, batch, room),
+        rotated=_rotated(dims, pool, min(pages, MOST_ENCODED), generator),
         parts=tuple((normal(*cut, dims.dim), normal(*cut)) for cut in cuts),
     )
+
+
+def _rotated(dims: Dims, pool: Pool, pages: int, generator: torch.Generator) -> Rotated:
+    device = pool.data.device
+    k, v = (torch.randn(dims.heads, pages, PAGE, dims.dim, generator=generator, device=device) for _ in range(2))
+    numbers = torch.randint(_FORMATS, (dims.heads, pages), generator=generator, device=device, dtype=torch.int32)
+    return Rotated(k, v, numbers, torch.zeros(pages, pool.data.shape[1], dtype=torch.uint8, device=device))
 
 
 def select_by_reference(keys: torch.Tensor, page_lse: torch.Tensor, batch: PageBatch, room: SelectionPlan) -> Selected:

@@ -11,6 +11,7 @@ from benchmark.kernels.cases import PAGE, Case
 from mosaic_kernels.attend.reference import attend
 from mosaic_kernels.combine import reference as combine_reference
 from mosaic_kernels.segment_decode.reference import decode, decode_keys, decode_mean_values
+from mosaic_kernels.segment_encode.reference import pack
 from mosaic_kernels.select import reference as select_reference
 from mosaic_kernels.select.selection import Selected
 
@@ -44,6 +45,20 @@ def decoded(case: Case) -> Decoded:
                 scanned[h, mine, :, : head.scan_channels] = leading
                 means[h, mine] = decode_mean_values(segments, fmt)
     return Decoded(keys, values, scanned, means)
+
+
+def encoded(case: Case) -> torch.Tensor:
+    """The bytes of the pages to encode, headers left out: uint8 [pages, frame_bytes]."""
+    k, v, numbers, data = case.rotated
+    wanted = torch.zeros_like(data)
+    for h, head in enumerate(case.pool.heads):
+        for n, fmt in enumerate(head.formats):
+            mine = numbers[h] == n
+            if mine.any():
+                segments = torch.zeros(int(mine.sum()), fmt.segment_bytes, dtype=torch.uint8, device=data.device)
+                pack(k[h, mine], v[h, mine], fmt, segments)
+                wanted[mine, head.start : head.start + fmt.segment_bytes] = segments
+    return wanted
 
 
 def over_all(case: Case, pages: Decoded) -> tuple[torch.Tensor, torch.Tensor]:

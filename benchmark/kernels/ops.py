@@ -24,6 +24,7 @@ from mosaic_kernels.far_field.launch import far_field
 from mosaic_kernels.scan import reference as scan_reference
 from mosaic_kernels.scan.launch import scan
 from mosaic_kernels.segment_decode.launch import decode_frames
+from mosaic_kernels.segment_encode.launch import encode_pages
 from mosaic_kernels.select.launch import select
 from mosaic_kernels.select.selection import Selected
 
@@ -59,6 +60,11 @@ class Op:
 
 def _decode(case: Case, dtype: torch.dtype = torch.bfloat16) -> tuple[torch.Tensor, torch.Tensor]:
     return decode_frames(case.pool.data, case.batch.frames[: case.lengths[0]], case.pool.table, dtype=dtype)
+
+
+def _encode(case: Case) -> torch.Tensor:
+    encode_pages(*case.rotated, case.pool.table)
+    return case.rotated.data
 
 
 def _attend_pages(case: Case) -> tuple[torch.Tensor, torch.Tensor]:
@@ -115,6 +121,10 @@ def _decode_gate(case: Case, pages: expected.Decoded) -> float:
     found = _decode(case, torch.float32)
     same = all(torch.equal(x, y[:, :count]) for x, y in zip(found, (pages.keys, pages.values), strict=True))
     return 0.0 if same else math.inf
+
+
+def _encode_gate(case: Case, _: expected.Decoded) -> float:
+    return 0.0 if torch.equal(_encode(case), expected.encoded(case)) else math.inf
 
 
 def _attend_pages_gate(case: Case, pages: expected.Decoded) -> float:
@@ -196,6 +206,8 @@ def _worst(*errors: float) -> float:
 _REUSE = traffic.attend_selected_bytes, traffic.far_field_bytes, traffic.combine_bytes(2)
 
 OPS = (
+    Op("segment_encode", "rotated K, V float32 [H, pages, 64, D] -> segments",
+       traffic.encode_bytes, _encode_gate, _encode, attends=False),
     Op("segment_decode", "pages of one request -> K, V bf16 [H, pages, 64, D]",
        traffic.decode_bytes, _decode_gate, _decode, attends=False),
     Op("attend_pages", "q [I, H, group, D], P pages -> out [pieces, H, group, D], lse",

@@ -16,6 +16,15 @@ from mosaic_kernels.segment import GROUP, HEADER, SegmentFormat
 _FLOAT, _INT = 4, 4
 
 
+def encode_bytes(case: Case) -> int:
+    """Rotated K and V of the pages, and the bytes of their segments."""
+    rotated = case.rotated
+    written = 0
+    for head, of_head in zip(case.pool.heads, rotated.numbers.tolist(), strict=True):
+        written += sum(head.formats[number].segment_bytes for number in of_head)
+    return _sizes(rotated.keys, rotated.values, rotated.numbers) + written
+
+
 def decode_bytes(case: Case) -> int:
     """The segments of the first request and its K and V in bfloat16."""
     return _of_segments(case, lambda fmt: fmt.segment_bytes + fmt.dense_bytes, slice(case.lengths[0]))
