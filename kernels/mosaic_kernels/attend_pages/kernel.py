@@ -27,23 +27,26 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 @triton.jit
 def page_logits(
-    q, segment, scalars, words, row, kind, t, channels,
+    q, start, segment, scalars, words, row, kind, t, channels,
     D: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, REFINED: tl.constexpr,
     ANY_TOPK: tl.constexpr, ANY_EXCEPTIONS: tl.constexpr,
 ):  # fmt: skip
-    """Logits float32 [T, R] of scaled queries float16 [D, R] against the tokens `t` of one segment (`plane_keys`)."""
-    logits = tl.dot(tl.trans(plane_keys(segment, scalars, words, row, t, channels, D, REFINED, WIDTH)), q)
+    """Logits of scaled queries float16 [D, R] against the tokens `t` of one segment (`plane_keys`), plus `start`.
+
+    start: float32 [1, R]. Returns float32 [T, R]; if the segment's kind is INVALID, anything.
+    """
+    first = tl.broadcast_to(start, [t.shape[1], q.shape[1]])
+    logits = tl.dot(tl.trans(plane_keys(segment, scalars, words, row, t, channels, D, REFINED, WIDTH)), q, first)
     if ANY_TOPK:
         if kind == TOPK:
             codes, token_scale = topk_codes(segment, scalars, row, t, channels, 0, D, DIM)
-            logits = tl.dot(tl.trans(codes), q) * tl.trans(token_scale)
+            logits = tl.dot(tl.trans(codes), q) * tl.trans(token_scale) + start
     if ANY_EXCEPTIONS:
         for e in range(exceptions(scalars, row, kind)):
             here = tl.trans(t) == exception_token(segment, scalars, row, e)
             exact = tl.sum(q.to(tl.float32) * exception_key(segment, scalars, row, e, channels, D, DIM), 0)
-            logits = tl.where(here, exact[None, :], logits)
-    # NaN marks what was never encoded: wrong data must not pass for an answer.
-    return tl.where(kind == INVALID, float("nan"), logits)
+            logits = tl.where(here, exact[None, :] + start, logits)
+    return logits
 
 
 @triton.jit
@@ -104,12 +107,15 @@ def attend_pages_kernel(
     # Summed over the tokens at the end only.
     total = tl.zeros([T, ROWS], tl.float32)
     summed = tl.zeros([DV, ROWS], tl.float32)
+    nothing = tl.zeros([1, ROWS], tl.float32)
     for page in range(first, last):
         segment = data + tl.load(frames + page).to(tl.int64) * frame_bytes + start
         row, kind = find_row(segment, scalars, of_head * FORMATS, FORMATS, ANY_TOPK, ANY_EXCEPTIONS)
         logits = page_logits(
-            rows, segment, scalars, k_words, row, kind, t, K_DIM, DK, K_DIM, DK, True, ANY_TOPK, ANY_EXCEPTIONS
+            rows, nothing, segment, scalars, k_words, row, kind, t, K_DIM, DK, K_DIM, DK, True, ANY_TOPK, ANY_EXCEPTIONS
         )
+        # NaN marks what was never encoded: wrong data must not pass for an answer.
+        logits = tl.where(kind == INVALID, float("nan"), logits)
         new_top = tl.maximum(top, tl.max(logits, 0))
         weights = tl.exp2(logits - new_top[None, :])
         decay = tl.exp2(top - new_top)

@@ -3,8 +3,8 @@
 import triton
 import triton.language as tl
 
-from mosaic_kernels.attend_pages.kernel import page_logits
-from mosaic_kernels.load_segment import find_row
+from mosaic_kernels.attend_pages.kernel import LOG2_E, page_logits
+from mosaic_kernels.load_segment import INVALID, find_row
 from mosaic_kernels.scan import keys as of_keys
 
 KEYS = tl.constexpr(of_keys.KEYS)
@@ -30,22 +30,25 @@ def scan_kernel(
     r, t, c = tl.arange(0, ROWS), tl.arange(0, T), tl.arange(0, DS)[:, None]
     real = r < GROUP
     q_at = q + ((item * HEADS + head) * GROUP + r)[None, :] * K_DIM + c
-    rows = tl.load(q_at, mask=real[None, :] & (c < channels), other=0) * scale
+    rows = tl.load(q_at, mask=real[None, :] & (c < channels), other=0) * (scale * LOG2_E)
     rows = rows.to(tl.float16)
-    known = tl.load(known_lse + (tl.load(requests + item) * HEADS + head) * GROUP + r, mask=real, other=0)
+    # Rows beyond the group are below everything.
+    known = tl.load(known_lse + (tl.load(requests + item) * HEADS + head) * GROUP + r, mask=real, other=float("inf"))
     known = tl.where(known == float("-inf"), 0.0, known)
     for page in range(first, last):
         segment = data + tl.load(frames + page).to(tl.int64) * frame_bytes + start
         row, kind = find_row(segment, scalars, of_head * FORMATS, FORMATS, ANY_TOPK, ANY_EXCEPTIONS)
+        # In octaves above what is known.
         logits = page_logits(
-            rows, segment, scalars, k_words, row, kind, t[None, :], channels,
+            rows, (-known * LOG2_E)[None, :], segment, scalars, k_words, row, kind, t[None, :], channels,
             DS, K_DIM, DK, False, ANY_TOPK, ANY_EXCEPTIONS,
         )  # fmt: skip
-        share = tl.max(tl.where(real[None, :], logits - known[None, :], float("-inf")), 1)
-        key = tl.floor((share - LOWEST) * STEPS + 0.5)
-        key = tl.where(key == key, tl.minimum(tl.maximum(key, 0.0), KEYS - 1.0), KEYS - 1.0)
+        key = tl.floor(tl.max(logits, 1) * (STEPS / LOG2_E) + (0.5 - LOWEST * STEPS))
+        key = tl.minimum(tl.maximum(tl.where(key == key, key, KEYS), 0.0), KEYS - 1.0)
+        # No page has more than 2^100 times the attention of what is known.
+        lse = known + tl.log2(tl.sum(tl.exp2(tl.minimum(logits, 100.0)), 0)) / LOG2_E
+        # NaN marks what was never encoded.
+        lse = tl.where(kind == INVALID, float("nan"), lse)
         at = (head * pages + page).to(tl.int64)
         tl.store(keys + at * T + t, key.to(tl.int16))
-        top = tl.max(logits, 0)
-        lse = top + tl.log(tl.sum(tl.exp(logits - top[None, :]), 0))
         tl.store(page_lse + at * GROUP + r, lse, mask=real)
