@@ -57,26 +57,47 @@ def find_row(segment, scalars, first_row, FORMATS: tl.constexpr, ANY_TOPK: tl.co
 
 
 @triton.jit
-def plane_keys(segment, scalars, words, row, t, channels, D: tl.constexpr, REFINED: tl.constexpr, WIDTH: tl.constexpr):
-    """K of planes, float16 [D, T]: the first `channels`, the others 0.
+def plane_keys(
+    segment, scalars, words, row, t, channels,
+    CHUNK: tl.constexpr, GROUPS: tl.constexpr, REFINED: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """GROUPS groups of K of planes from group CHUNK * GROUPS on: float16 [T, GROUPS * 16], channels as `key_channels`.
 
-    WIDTH is K's dimension filled up to a power of two, D one of at least `channels`. Without refinement, a code is the
-    middle of those that share its base.
+    Tokens come first, unlike in other tiles. The first `channels` of K, the others 0. WIDTH is K's dimension filled up
+    to a power of two. Without refinement, a code is the middle of those that share its base.
     """
-    group = tl.arange(0, D // 16)[:, None]
+    group = CHUNK * GROUPS + tl.arange(0, GROUPS)[:, None]
     of_row = scalars + row * _SCALARS
     coded = tl.minimum(tl.load(of_row + _K_CODED), channels)
     scales = (segment + tl.load(of_row + _K_SCALES)).to(tl.pointer_type(tl.uint64)) + group * 4
     offsets = (segment + tl.load(of_row + _K_OFFSETS)).to(tl.pointer_type(tl.uint64)) + group * 4
-    q0, q1, q2, q3, more = _plane_quads(segment, words, row, t, channels, REFINED, D, WIDTH)
+    q0, q1, q2, q3, more = _plane_quads(segment, words, row, t, group, channels, REFINED, WIDTH)
     has_codes, has_offset = group * 16 < coded, group * 16 < channels
-    return _tile(
-        unpack_affine(q0, more, tl.load(scales, has_codes, 0), tl.load(offsets, has_offset, 0)),
-        unpack_affine(q1, more, tl.load(scales + 1, has_codes, 0), tl.load(offsets + 1, has_offset, 0)),
-        unpack_affine(q2, more, tl.load(scales + 2, has_codes, 0), tl.load(offsets + 2, has_offset, 0)),
-        unpack_affine(q3, more, tl.load(scales + 3, has_codes, 0), tl.load(offsets + 3, has_offset, 0)),
-        D,
-    )
+    u0 = unpack_affine(q0, more, tl.load(scales, has_codes, 0), tl.load(offsets, has_offset, 0))
+    u1 = unpack_affine(q1, more, tl.load(scales + 1, has_codes, 0), tl.load(offsets + 1, has_offset, 0))
+    u2 = unpack_affine(q2, more, tl.load(scales + 2, has_codes, 0), tl.load(offsets + 2, has_offset, 0))
+    u3 = unpack_affine(q3, more, tl.load(scales + 3, has_codes, 0), tl.load(offsets + 3, has_offset, 0))
+    # [groups, T, channel / 2 % 2, channel % 2, quad / 2, quad % 2]
+    joined = tl.join(tl.join(u0, u2), tl.join(u1, u3))
+    return tl.reshape(tl.permute(joined, 1, 4, 5, 0, 2, 3), [t.shape[1], GROUPS * 16])
+
+
+@triton.jit
+def key_channels(CHUNK: tl.constexpr, GROUPS: tl.constexpr):
+    """Which channel each column of `plane_keys` is, int32 [GROUPS * 16].
+
+    With four groups and one warp it is the order in which a thread that unpacked them hands them to a tensor core:
+    nothing has to change places. Queries are loaded in the same order.
+    """
+    at = tl.arange(0, GROUPS * 16)
+    return (CHUNK * GROUPS + at // 4 % GROUPS) * 16 + at // (4 * GROUPS) * 4 + at % 4
+
+
+@triton.jit
+def in_key_order(x, D: tl.constexpr):
+    """[D, N] of all channels in their order -> [N, D] in that of `key_channels` with all groups."""
+    split = tl.reshape(x, [D // 16, 4, 4, x.shape[1]])
+    return tl.reshape(tl.permute(split, 3, 1, 0, 2), [x.shape[1], D])
 
 
 @triton.jit
@@ -86,7 +107,8 @@ def plane_values(segment, scalars, words, levels, row, t, D: tl.constexpr, DIM: 
     of_levels = levels + row * (D // 8) + tl.arange(0, D // 16)[:, None]
     middle, step = tl.load(of_levels), tl.load(of_levels + D // 16)
     factors, terms = four(step.to(tl.float16)), four((-middle * step).to(tl.float16))
-    q0, q1, q2, q3, more = _plane_quads(segment, words, row, t, DIM, True, D, D)
+    group = tl.arange(0, D // 16)[:, None]
+    q0, q1, q2, q3, more = _plane_quads(segment, words, row, t, group, DIM, True, D)
     values = _tile(
         unpack_affine(q0, more, factors, terms),
         unpack_affine(q1, more, factors, terms),
@@ -118,7 +140,8 @@ def key_codes(segment, scalars, words, row, t, D: tl.constexpr, DIM: tl.constexp
     of_row = scalars + row * _SCALARS
     scales = (segment + tl.load(of_row + _K_SCALES)).to(tl.pointer_type(tl.float16))
     offsets = (segment + tl.load(of_row + _K_OFFSETS)).to(tl.pointer_type(tl.float16))
-    q0, q1, q2, q3, more = _plane_quads(segment, words, row, t, DIM, True, D, D)
+    group = tl.arange(0, D // 16)[:, None]
+    q0, q1, q2, q3, more = _plane_quads(segment, words, row, t, group, DIM, True, D)
     codes = _tile(unpack_bytes(q0, more), unpack_bytes(q1, more), unpack_bytes(q2, more), unpack_bytes(q3, more), D)
     scale = tl.load(scales + c, mask=c < tl.load(of_row + _K_CODED), other=0).to(tl.float32)
     return codes, scale, tl.load(offsets + c, mask=c < DIM, other=0).to(tl.float32)
@@ -179,10 +202,11 @@ def exception_value(segment, scalars, row, e, D: tl.constexpr, DIM: tl.constexpr
 
 
 @triton.jit
-def _plane_quads(segment, words, row, t, channels, REFINED: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr):
-    """Codes of the channels 0..3, 4..7, 8..11 and 12..15 of each group, uint32 [groups, T] of four bytes each; and what
-    to add to a code, float32 [groups, 1 or T]."""
-    group = tl.arange(0, D // 16)[:, None]
+def _plane_quads(segment, words, row, t, group, channels, REFINED: tl.constexpr, WIDTH: tl.constexpr):
+    """Codes of the channels 0..3, 4..7, 8..11 and 12..15 of groups [G, 1], uint32 [G, T] of four bytes each.
+
+    And what to add to a code, float32 [G, 1 or T].
+    """
     of_row = words + row * (_WORDS * (WIDTH // 16)) + group
     bits = tl.load(of_row + _BITS * (WIDTH // 16), mask=group * 16 < channels, other=0)
     base_bits, more_bits = bits & 0xFF, bits >> 8

@@ -15,6 +15,7 @@ from mosaic_kernels.load_segment import (
     exception_value,
     exceptions,
     find_row,
+    key_channels,
     mean_values,
     plane_keys,
     plane_values,
@@ -26,25 +27,51 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def page_logits(
-    q, start, segment, scalars, words, row, kind, t, channels,
-    D: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, REFINED: tl.constexpr,
-    ANY_TOPK: tl.constexpr, ANY_EXCEPTIONS: tl.constexpr,
-):  # fmt: skip
-    """Logits of scaled queries float16 [D, R] against the tokens `t` of one segment (`plane_keys`), plus `start`.
+def load_queries(
+    q, r, factor, channels, CHUNK: tl.constexpr, GROUPS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr
+):
+    """Queries of a chunk of channels times a factor, float16 [GROUPS * 16, R] in the order of `key_channels`.
 
-    start: float32 [1, R]. Returns float32 [T, R]; if the segment's kind is INVALID, anything.
+    q: pointer to float32 [GROUP, DIM]; channels from `channels` on and rows beyond GROUP are 0.
     """
-    first = tl.broadcast_to(start, [t.shape[1], q.shape[1]])
-    logits = tl.dot(tl.trans(plane_keys(segment, scalars, words, row, t, channels, D, REFINED, WIDTH)), q, first)
+    c = key_channels(CHUNK, GROUPS)[:, None]
+    found = tl.load(q + r[None, :] * DIM + c, mask=(r < GROUP)[None, :] & (c < channels), other=0)
+    return (found * factor).to(tl.float16)
+
+
+@triton.jit
+def page_logits(
+    q, q0, q1, q2, q3, r, factor, start, segment, scalars, words, row, kind, t, channels,
+    D: tl.constexpr, GROUPS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr,
+    REFINED: tl.constexpr, ANY_TOPK: tl.constexpr, ANY_EXCEPTIONS: tl.constexpr,
+):  # fmt: skip
+    """Logits of queries against the tokens `t` of one segment, plus `start` [1, R]: float32 [T, R].
+
+    q0 .. q3 are `load_queries` of as many chunks of GROUPS groups as D has. If the segment's kind is INVALID: anything.
+    """
+    first = tl.broadcast_to(start, [t.shape[1], start.shape[1]])
+    keys = plane_keys(segment, scalars, words, row, t, channels, 0, GROUPS, REFINED, WIDTH)
+    logits = tl.dot(keys, q0, first)
+    if D > GROUPS * 16:
+        keys = plane_keys(segment, scalars, words, row, t, channels, 1, GROUPS, REFINED, WIDTH)
+        logits = tl.dot(keys, q1, logits)
+    if D > 2 * GROUPS * 16:
+        keys = plane_keys(segment, scalars, words, row, t, channels, 2, GROUPS, REFINED, WIDTH)
+        logits = tl.dot(keys, q2, logits)
+        keys = plane_keys(segment, scalars, words, row, t, channels, 3, GROUPS, REFINED, WIDTH)
+        logits = tl.dot(keys, q3, logits)
+    if ANY_TOPK or ANY_EXCEPTIONS:
+        c = tl.arange(0, D)[:, None]
+        mask = (r < GROUP)[None, :] & (c < channels)
+        plain = tl.load(q + r[None, :] * DIM + c, mask=mask, other=0) * factor
     if ANY_TOPK:
         if kind == TOPK:
             codes, token_scale = topk_codes(segment, scalars, row, t, channels, 0, D, DIM)
-            logits = tl.dot(tl.trans(codes), q) * tl.trans(token_scale) + start
+            logits = tl.dot(tl.trans(codes), plain.to(tl.float16)) * tl.trans(token_scale) + start
     if ANY_EXCEPTIONS:
         for e in range(exceptions(scalars, row, kind)):
             here = tl.trans(t) == exception_token(segment, scalars, row, e)
-            exact = tl.sum(q.to(tl.float32) * exception_key(segment, scalars, row, e, channels, D, DIM), 0)
+            exact = tl.sum(plain * exception_key(segment, scalars, row, e, channels, D, DIM), 0)
             logits = tl.where(here, exact[None, :] + start, logits)
     return logits
 
@@ -99,10 +126,14 @@ def attend_pages_kernel(
     of_head = tl.load(epochs + item) * HEADS + head
     start = tl.load(starts + of_head)
     r, t = tl.arange(0, ROWS), tl.arange(0, T)[None, :]
-    k_channel, v_channel = tl.arange(0, DK)[:, None], tl.arange(0, DV)[:, None]
-    q_at = q + ((item * HEADS + head) * GROUP + r)[None, :] * K_DIM + k_channel
-    rows = tl.load(q_at, mask=(r < GROUP)[None, :] & (k_channel < K_DIM), other=0) * (scale * LOG2_E)
-    rows = rows.to(tl.float16)
+    v_channel = tl.arange(0, DV)[:, None]
+    q += (item * HEADS + head) * GROUP * K_DIM
+    GROUPS: tl.constexpr = min(DK // 16, 4)
+    factor = scale * LOG2_E
+    q0 = load_queries(q, r, factor, K_DIM, 0, GROUPS, GROUP, K_DIM)
+    q1 = load_queries(q, r, factor, K_DIM, 1, GROUPS, GROUP, K_DIM)
+    q2 = load_queries(q, r, factor, K_DIM, 2, GROUPS, GROUP, K_DIM)
+    q3 = load_queries(q, r, factor, K_DIM, 3, GROUPS, GROUP, K_DIM)
     top = tl.full([ROWS], float("-inf"), tl.float32)
     # Summed over the tokens at the end only.
     total = tl.zeros([T, ROWS], tl.float32)
@@ -112,8 +143,9 @@ def attend_pages_kernel(
         segment = data + tl.load(frames + page).to(tl.int64) * frame_bytes + start
         row, kind = find_row(segment, scalars, of_head * FORMATS, FORMATS, ANY_TOPK, ANY_EXCEPTIONS)
         logits = page_logits(
-            rows, nothing, segment, scalars, k_words, row, kind, t, K_DIM, DK, K_DIM, DK, True, ANY_TOPK, ANY_EXCEPTIONS
-        )
+            q, q0, q1, q2, q3, r, factor, nothing, segment, scalars, k_words, row, kind, t, K_DIM,
+            DK, GROUPS, GROUP, K_DIM, DK, True, ANY_TOPK, ANY_EXCEPTIONS,
+        )  # fmt: skip
         # NaN marks what was never encoded: wrong data must not pass for an answer.
         logits = tl.where(kind == INVALID, float("nan"), logits)
         new_top = tl.maximum(top, tl.max(logits, 0))

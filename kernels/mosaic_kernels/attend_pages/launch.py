@@ -8,8 +8,8 @@ from mosaic_kernels.attend_pages.kernel import attend_pages_kernel
 from mosaic_kernels.page_batch import PageBatch
 from mosaic_kernels.segment_table import MOST_GROUP, SegmentTable, check_frames, padded
 
-# The fewest instructions per page that still leave registers for 12 warps a multiprocessor (docs/kernels.md).
-WARPS, STAGES = 2, 1
+# The fewest instructions per page: what one warp unpacks of K is where its tensor core wants it (docs/kernels.md).
+WARPS, STAGES = 1, 1
 
 
 def query_rows(group: int) -> int:

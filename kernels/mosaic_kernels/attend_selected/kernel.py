@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from mosaic_kernels.attend_pages.kernel import LOG2_E
+from mosaic_kernels.attend_pages.kernel import LOG2_E, load_queries
 from mosaic_kernels.load_segment import (
     INVALID,
     TOPK,
@@ -12,6 +12,7 @@ from mosaic_kernels.load_segment import (
     exception_value,
     exceptions,
     find_row,
+    in_key_order,
     mean_values,
     plane_keys,
     plane_values,
@@ -38,10 +39,9 @@ def attend_selected_kernel(
     of_head = tl.load(epochs + item) * HEADS + head
     start = tl.load(starts + of_head)
     r = tl.arange(0, ROWS)
-    k_channel, v_channel = tl.arange(0, DK)[:, None], tl.arange(0, DV)[:, None]
-    q_at = q + ((item * HEADS + head) * GROUP + r)[None, :] * K_DIM + k_channel
-    rows = tl.load(q_at, mask=(r < GROUP)[None, :] & (k_channel < K_DIM), other=0) * (scale * LOG2_E)
-    rows = rows.to(tl.float16)
+    v_channel = tl.arange(0, DV)[:, None]
+    q += (item * HEADS + head) * GROUP * K_DIM
+    rows = load_queries(q, r, scale * LOG2_E, K_DIM, 0, DK // 16, GROUP, K_DIM)
     top = tl.full([ROWS], float("-inf"), tl.float32)
     # Summed over the tokens at the end only.
     total = tl.zeros([TILE, ROWS], tl.float32)
@@ -54,7 +54,7 @@ def attend_selected_kernel(
         page, t = found // T, found % T
         segment = data + tl.load(frames + page).to(tl.int64) * frame_bytes + start
         row, kind = find_row(segment, scalars, of_head * FORMATS, FORMATS, ANY_TOPK, ANY_EXCEPTIONS)
-        keys = plane_keys(segment, scalars, k_words, row, t, K_DIM, DK, True, DK)
+        keys = plane_keys(segment, scalars, k_words, row, t, K_DIM, 0, DK // 16, True, DK)
         values, token_scale = plane_values(segment, scalars, v_words, v_levels, row, t, DV, V_DIM)
         coded = value_channels(scalars, row)
         means = tl.zeros([DV, TILE], tl.float16)
@@ -65,7 +65,7 @@ def attend_selected_kernel(
             sparse = kind == TOPK
             if tl.max(sparse.to(tl.int32)) > 0:
                 codes, token = topk_codes(segment, scalars, row, t, K_DIM, 0, DK, K_DIM)
-                keys = tl.where(sparse, (codes * token).to(tl.float16), keys)
+                keys = tl.where(tl.trans(sparse), in_key_order((codes * token).to(tl.float16), DK), keys)
                 codes, token = topk_codes(segment, scalars, row, t, V_DIM, 1, DV, V_DIM)
                 values, token_scale = tl.where(sparse, codes, values), tl.where(sparse, token, token_scale)
                 means = tl.where(sparse, 0.0, means).to(tl.float16)
@@ -75,13 +75,13 @@ def attend_selected_kernel(
                 here = (e < kept) & (t == exception_token(segment, scalars, row, e))
                 if tl.max(here.to(tl.int32)) > 0:
                     exact = exception_key(segment, scalars, row, e, K_DIM, DK, K_DIM).to(tl.float16)
-                    keys = tl.where(here, exact, keys)
+                    keys = tl.where(tl.trans(here), in_key_order(exact, DK), keys)
                     exact = exception_value(segment, scalars, row, e, DV, V_DIM).to(tl.float16)
                     means = tl.where(here, exact, means)
                     token_scale = tl.where(here, 0.0, token_scale)
         # NaN marks what was never encoded.
-        keys = tl.where(kind == INVALID, float("nan"), keys).to(tl.float16)
-        logits = tl.dot(tl.trans(keys), rows)
+        keys = tl.where(tl.trans(kind == INVALID), float("nan"), keys).to(tl.float16)
+        logits = tl.dot(keys, rows)
         logits = tl.where(tl.trans(real), logits, float("-inf"))
         new_top = tl.maximum(top, tl.max(logits, 0))
         weights = tl.exp2(logits - new_top[None, :])

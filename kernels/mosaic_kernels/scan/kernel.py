@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from mosaic_kernels.attend_pages.kernel import LOG2_E, page_logits
+from mosaic_kernels.attend_pages.kernel import LOG2_E, load_queries, page_logits
 from mosaic_kernels.load_segment import INVALID, find_row
 from mosaic_kernels.scan import keys as of_keys
 
@@ -27,11 +27,15 @@ def scan_kernel(
     first, last = tl.load(pieces + piece * 3 + 1), tl.load(pieces + piece * 3 + 2)
     of_head = tl.load(epochs + item) * HEADS + head
     start, channels = tl.load(starts + of_head), tl.load(scan_channels + of_head)
-    r, t, c = tl.arange(0, ROWS), tl.arange(0, T), tl.arange(0, DS)[:, None]
+    r, t = tl.arange(0, ROWS), tl.arange(0, T)
     real = r < GROUP
-    q_at = q + ((item * HEADS + head) * GROUP + r)[None, :] * K_DIM + c
-    rows = tl.load(q_at, mask=real[None, :] & (c < channels), other=0) * (scale * LOG2_E)
-    rows = rows.to(tl.float16)
+    q += (item * HEADS + head) * GROUP * K_DIM
+    GROUPS: tl.constexpr = min(DS // 16, 4)
+    factor = scale * LOG2_E
+    q0 = load_queries(q, r, factor, channels, 0, GROUPS, GROUP, K_DIM)
+    q1 = load_queries(q, r, factor, channels, 1, GROUPS, GROUP, K_DIM)
+    q2 = load_queries(q, r, factor, channels, 2, GROUPS, GROUP, K_DIM)
+    q3 = load_queries(q, r, factor, channels, 3, GROUPS, GROUP, K_DIM)
     # Rows beyond the group are below everything.
     known = tl.load(known_lse + (tl.load(requests + item) * HEADS + head) * GROUP + r, mask=real, other=float("inf"))
     known = tl.where(known == float("-inf"), 0.0, known)
@@ -40,8 +44,9 @@ def scan_kernel(
         row, kind = find_row(segment, scalars, of_head * FORMATS, FORMATS, ANY_TOPK, ANY_EXCEPTIONS)
         # In octaves above what is known.
         logits = page_logits(
-            rows, (-known * LOG2_E)[None, :], segment, scalars, k_words, row, kind, t[None, :], channels,
-            DS, K_DIM, DK, False, ANY_TOPK, ANY_EXCEPTIONS,
+            q, q0, q1, q2, q3, r, factor, (-known * LOG2_E)[None, :],
+            segment, scalars, k_words, row, kind, t[None, :], channels,
+            DS, GROUPS, GROUP, K_DIM, DK, False, ANY_TOPK, ANY_EXCEPTIONS,
         )  # fmt: skip
         key = tl.floor(tl.max(logits, 1) * (STEPS / LOG2_E) + (0.5 - LOWEST * STEPS))
         key = tl.minimum(tl.maximum(tl.where(key == key, key, KEYS), 0.0), KEYS - 1.0)
