@@ -17,7 +17,7 @@ from mosaic_kernels.select.reference import attend_selected, choose_tokens, far_
 
 BUDGET = 0.1
 """Share of the tokens selected while measuring."""
-ENOUGH_RECALL = 0.995
+ENOUGH_RECALL = 0.998
 """Of the attention mass that the best choice of as many tokens would catch."""
 
 
