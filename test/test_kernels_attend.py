@@ -20,6 +20,7 @@ SHAPES = {
     "d64": dict(k_dim=64, v_dim=64, group=7),
     "d128": dict(k_dim=128, v_dim=128, group=4),
     "one-head": dict(k_dim=64, v_dim=64, heads=1, group=1),
+    "d256": dict(k_dim=256, v_dim=256, heads=1, group=2),
     "uneven": dict(k_dim=96, v_dim=48, heads=3, group=2),
     "planes-only": dict(k_dim=64, v_dim=64, group=8, sparse=False, exceptions=False, formats=1),
 }

@@ -99,24 +99,25 @@ class KernelAttention:
         self, memory: PageMemory, tables: SegmentTables, sequences: list[Sequence], shared: SharedSelections
     ) -> None:
         self._memory, self._tables = memory, tables
-        self._dense = [self._dense_slots(sequence) for sequence in sequences]
-        self._rows = [sequence.first_query for sequence in sequences]
         config = memory.config
         selects = [bool(config.select) and self._mosaic_tokens(s) >= max(config.select_from, 1) for s in sequences]
-        self._groups: list[tuple[list[int], _Group]] = []
+        self._groups: list[tuple[torch.Tensor, list[torch.Tensor], _Group]] = []
+        """Rows of the queries and slots of the dense tokens of a group's requests."""
         for selecting in (False, True):
-            which = [i for i, chosen in enumerate(selects) if chosen == selecting]
-            if which:
-                group = self._plan([sequences[i] for i in which], selecting)
-                self._groups.append((which, shared.recall(group) if selecting else group))
+            mine = [sequence for sequence, chosen in zip(sequences, selects, strict=True) if chosen == selecting]
+            if mine:
+                group = self._plan(mine, selecting)
+                # Once a forward: copies to the device wait.
+                rows = torch.tensor([sequence.first_query for sequence in mine], device=memory.slab.frames.device)
+                dense = [self._dense_slots(sequence) for sequence in mine]
+                self._groups.append((rows, dense, shared.recall(group) if selecting else group))
 
     def run(self, layer: int, q: torch.Tensor, out: torch.Tensor, scale: float) -> None:
         """As `MixedAttention.run`."""
         tables = self._tables.layer(layer)
-        for which, group in self._groups:
-            rows = torch.tensor([self._rows[i] for i in which], device=q.device)
+        for rows, dense, group in self._groups:
             queries = q[rows]
-            dense_out, dense_lse = self._attend_dense(layer, queries, [self._dense[i] for i in which], scale)
+            dense_out, dense_lse = self._attend_dense(layer, queries, dense, scale)
             rotated = _rotate(queries, group.batch, tables)
             if group.selection is None:
                 batch = group.batch
@@ -199,7 +200,9 @@ def _rotate(queries: torch.Tensor, batch: PageBatch, tables: LayerTables) -> tor
     """[requests, Hq, k_dim] any float -> float32 [items, H, group, k_dim] in the basis of each item."""
     heads = tables.q_basis.shape[1]
     rows = queries.float()[batch.requests.long()].unflatten(1, (heads, -1))
-    return torch.matmul(rows, tables.q_basis[batch.epochs.long()]).contiguous()
+    # With one epoch, the usual case, all items share its bases.
+    basis = tables.q_basis if len(tables.q_basis) == 1 else tables.q_basis[batch.epochs.long()]
+    return torch.matmul(rows, basis).contiguous()
 
 
 def _by_item(lse: torch.Tensor, pieces: torch.Tensor, items: int) -> torch.Tensor:
