@@ -7,6 +7,7 @@ Tokens or channels lie along the first dimension and query heads along the secon
 import triton
 import triton.language as tl
 
+from mosaic_kernels.load_piece import load_piece
 from mosaic_kernels.load_segment import (
     INVALID,
     TOPK,
@@ -119,10 +120,9 @@ def attend_pages_kernel(
 ):  # fmt: skip
     """One program: a piece and a KV head. q [items, HEADS, GROUP, K_DIM]; out [pieces, HEADS, GROUP, V_DIM]."""
     piece, head = tl.program_id(0), tl.program_id(1)
-    item = tl.load(pieces + piece * 3)
+    item, first, last = load_piece(pieces, piece)
     if item < 0:
         return
-    first, last = tl.load(pieces + piece * 3 + 1), tl.load(pieces + piece * 3 + 2)
     of_head = tl.load(epochs + item) * HEADS + head
     start = tl.load(starts + of_head)
     r, t = tl.arange(0, ROWS), tl.arange(0, T)[None, :]

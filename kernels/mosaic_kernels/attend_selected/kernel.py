@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 from mosaic_kernels.attend_pages.kernel import LOG2_E, load_queries
+from mosaic_kernels.load_piece import load_piece
 from mosaic_kernels.load_segment import (
     INVALID,
     TOPK,
@@ -31,10 +32,9 @@ def attend_selected_kernel(
 ):  # fmt: skip
     """One program: a piece of an item's list and a KV head. out [pieces, HEADS, GROUP, V_DIM]."""
     piece, head = tl.program_id(0), tl.program_id(1)
-    item = tl.load(pieces + piece * 3)
+    item, first, last = load_piece(pieces, piece)
     if item < 0:
         return
-    first, last = tl.load(pieces + piece * 3 + 1), tl.load(pieces + piece * 3 + 2)
     last = tl.minimum(last, tl.load(first_token + item) + tl.load(counts + head * items + item))
     of_head = tl.load(epochs + item) * HEADS + head
     start = tl.load(starts + of_head)

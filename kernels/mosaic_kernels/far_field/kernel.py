@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from mosaic_kernels.load_piece import load_piece
 from mosaic_kernels.load_segment import INVALID, TOPK, find_row, mean_values, topk_codes
 
 
@@ -14,10 +15,9 @@ def far_field_kernel(
 ):  # fmt: skip
     """One program: a piece of pages and a KV head. out [pieces, HEADS, GROUP, V_DIM]."""
     piece, head = tl.program_id(0), tl.program_id(1)
-    item = tl.load(pieces + piece * 3)
+    item, first, last = load_piece(pieces, piece)
     if item < 0:
         return
-    first, last = tl.load(pieces + piece * 3 + 1), tl.load(pieces + piece * 3 + 2)
     of_head = tl.load(epochs + item) * HEADS + head
     start = tl.load(starts + of_head)
     r, c = tl.arange(0, ROWS), tl.arange(0, DV)[:, None]

@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 from mosaic_kernels.attend_pages.kernel import LOG2_E, load_queries, page_logits
+from mosaic_kernels.load_piece import load_piece
 from mosaic_kernels.load_segment import INVALID, find_row
 from mosaic_kernels.scan import keys as of_keys
 
@@ -21,10 +22,9 @@ def scan_kernel(
 ):  # fmt: skip
     """One program: a piece and a KV head. keys [HEADS, pages, T]; page_lse [HEADS, pages, GROUP]."""
     piece, head = tl.program_id(0), tl.program_id(1)
-    item = tl.load(pieces + piece * 3)
+    item, first, last = load_piece(pieces, piece)
     if item < 0:
         return
-    first, last = tl.load(pieces + piece * 3 + 1), tl.load(pieces + piece * 3 + 2)
     of_head = tl.load(epochs + item) * HEADS + head
     start, channels = tl.load(starts + of_head), tl.load(scan_channels + of_head)
     r, t = tl.arange(0, ROWS), tl.arange(0, T)

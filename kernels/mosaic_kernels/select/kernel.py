@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from mosaic_kernels.load_piece import load_piece
 from mosaic_kernels.scan import keys as of_keys
 
 KEYS = tl.constexpr(of_keys.KEYS)
@@ -14,9 +15,10 @@ LOWEST = tl.constexpr(of_keys.LOWEST)
 def count_kernel(keys, pieces, counts, pages, HEADS: tl.constexpr, T: tl.constexpr, TILE: tl.constexpr):
     """One program: a piece and a KV head. keys int16 [HEADS, pages, T] -> counts int32 [pieces, HEADS, KEYS]."""
     piece, head = tl.program_id(0), tl.program_id(1)
-    if tl.load(pieces + piece * 3) < 0:
+    item, first, last = load_piece(pieces, piece)
+    if item < 0:
         return
-    first, last = tl.load(pieces + piece * 3 + 1) * T, tl.load(pieces + piece * 3 + 2) * T
+    first, last = first * T, last * T
     mine = keys + head.to(tl.int64) * pages * T
     found = tl.zeros([KEYS], tl.int32)
     for at in range(first, last, TILE):
@@ -71,10 +73,9 @@ def collect_kernel(
 ):  # fmt: skip
     """One program: a piece and a KV head. tokens int32 [HEADS, room]; far float32 [HEADS, pages, GROUP]."""
     piece, head = tl.program_id(0), tl.program_id(1)
-    item = tl.load(pieces + piece * 3)
+    item, first, last = load_piece(pieces, piece)
     if item < 0:
         return
-    first, last = tl.load(pieces + piece * 3 + 1), tl.load(pieces + piece * 3 + 2)
     bound, spare = tl.load(least + item * HEADS + head), tl.load(spares + piece * HEADS + head)
     bias = tl.load(far_bias + tl.load(epochs + item) * HEADS + head)
     to = tokens + head.to(tl.int64) * room + tl.load(first_token + item) + tl.load(starts + piece * HEADS + head)
