@@ -47,12 +47,15 @@ def samples_of(shape, count=PAGES, sinks=1):
 DEFAULT = Shape()
 
 
-def calibrated(shape=DEFAULT, observe=True, **options):
-    codec = PlanesCodec(*shape, **options)
+def calibrated(shape=DEFAULT, observe=True, device="cpu", **options):
+    codec = PlanesCodec(*shape, device=device, **options)
     if observe:
         for layer in range(shape.layers):
-            codec.observe_queries(layer, tokens(200, shape.heads * 3, 50 + layer, shape.k_dim))
-    return codec, codec.calibrate(samples_of(shape))
+            codec.observe_queries(layer, tokens(200, shape.heads * 3, 50 + layer, shape.k_dim).to(device))
+    samples = [
+        sample._replace(keys=sample.keys.to(device), values=sample.values.to(device)) for sample in samples_of(shape)
+    ]
+    return codec, codec.calibrate(samples)
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from mosaic_kernels.segment_encode.reference import rotate_pages
 from mosaic_kernels.segment_table import HeadFormats, make_table
 from segment_cases import FORMATS, packed, sample
 from sglang_mosaic.codec import kernel_encoding
-from sglang_mosaic.codec.encoding import Segments, by_format
+from sglang_mosaic.codec.encoding import Segments, by_format, encode_segments
 from test_codec_planes import DIM, HEADS, calibrated, pages
 from triton_device import DEVICE
 
@@ -102,15 +102,17 @@ def test_rare_formats_are_left_alone() -> None:
 
 
 def test_the_codecs_bytes_and_errors_are_the_same_by_kernel() -> None:
-    codec, epoch = calibrated(ratio=5.0)
+    codec, epoch = calibrated(ratio=5.0, device=DEVICE)
     assert codec.frame_bytes >= epoch.frame_bytes
     k, v = (x.to(DEVICE) for x in (pages(4, HEADS, 5), pages(4, HEADS, 6)))
     k[2, :, 1] += 40 * torch.eye(64, DIM, device=DEVICE)  # a page that another format suits
     layer, plan = 1, epoch.layers[1]
-    data, errors = epoch.encode(layer, k, v)
+    data, _ = epoch.encode(layer, k, v)
     numbers = torch.stack([data[:, span.start] for span in epoch._segments[layer]], 1).long()
     segments = Segments(plan, epoch._segments[layer], epoch._v_weights[layer])
     rotated = rotate_pages(k, plan.basis.k_basis), rotate_pages(v, plan.basis.v_basis)
-    found = kernel_encoding.encode_segments(segments, *rotated, numbers, list(by_format(numbers, plan)))
-    assert torch.equal(found[0], data)
-    torch.testing.assert_close(found[1], errors, rtol=2**-7, atol=0)
+    chosen = list(by_format(numbers, plan))
+    found = kernel_encoding.encode_segments(segments, *rotated, numbers, chosen)
+    wanted = encode_segments(segments, *rotated, chosen)
+    assert torch.equal(found[0], data) and torch.equal(found[0], wanted[0])
+    torch.testing.assert_close(found[1], wanted[1], rtol=2**-7, atol=0)

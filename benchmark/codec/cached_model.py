@@ -26,17 +26,19 @@ class Context(NamedTuple):
 
 
 class CachedModel:
-    """Weights in bfloat16, on the CPU.
+    """Weights in bfloat16.
 
     Args:
         model_path: checkpoint of a model whose module applies RoPE by `apply_rotary_pos_emb` (llama, qwen2, ...).
+        device: where it runs, and where contexts stay.
     """
 
-    def __init__(self, model_path: str) -> None:
+    def __init__(self, model_path: str, device: torch.device | str = "cpu") -> None:
         declare_missing_operators()
         from transformers import AutoModelForCausalLM
 
-        self._model: Any = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.bfloat16).eval()
+        self._device = device
+        self._model: Any = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.bfloat16).to(device).eval()
         self._module = sys.modules[type(self._model).__module__]
 
     @property
@@ -61,7 +63,7 @@ class CachedModel:
         cache = DynamicCache()
         self._module.apply_rotary_pos_emb = record
         try:
-            self._model.model(torch.tensor([ids]), past_key_values=cache, use_cache=True)
+            self._model.model(torch.tensor([ids], device=self._device), past_key_values=cache, use_cache=True)
         finally:
             self._module.apply_rotary_pos_emb = rotate
         return Context(queries, [layer.keys[0] for layer in cache.layers], [layer.values[0] for layer in cache.layers])
@@ -74,7 +76,8 @@ class CachedModel:
         sample: Sample,
         reader: SelectingAttention | None = None,
     ) -> torch.Tensor:
-        """Log-probabilities [scored tokens, vocabulary] of a forced answer over a cache of [H, tokens, D] a layer.
+        """Log-probabilities [scored tokens, vocabulary] of a forced answer over a cache of [H, tokens, D] a layer; on
+        the CPU.
 
         Args:
             reader: how it is read; None: by the model's own attention.
@@ -84,8 +87,8 @@ class CachedModel:
         cache = DynamicCache()
         for layer, (k, v) in enumerate(zip(keys, values, strict=True)):
             cache.update(k[None], v[None], layer)
-        ids = torch.tensor([[*sample.question, *sample.answer]])
+        ids = torch.tensor([[*sample.question, *sample.answer]], device=self._device)
         with attention(self._model, reader) if reader else contextlib.nullcontext():
             hidden = self._model.model(ids, past_key_values=cache, use_cache=True).last_hidden_state[0]
         at = [len(sample.question) - 1 + offset for offset in sample.scored]
-        return self._model.lm_head(hidden[at]).float().log_softmax(-1)
+        return self._model.lm_head(hidden[at]).float().log_softmax(-1).cpu()

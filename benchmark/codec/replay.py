@@ -2,7 +2,7 @@
 
     python benchmark/codec/replay.py --model-path MODEL --ratios 5.3 6.4 --length 4096 --json replay.json
 
-Contexts of the quality benchmark are prefilled one by one, exactly, by transformers on the CPU. For every budget and
+Contexts of the quality benchmark are prefilled one by one, exactly, by transformers. For every budget and
 calibration, all full pages of a context but the first go through the codec, and the questions are asked over the
 result. That is what a server does with a shared prefix; it is no substitute for measuring one
 (benchmark/quality/run.py).
@@ -94,6 +94,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     )  # fmt: skip
     parser.add_argument("--calibrations", nargs="+", choices=CALIBRATIONS, default=list(CALIBRATIONS))
     parser.add_argument("--seed", type=integer(0), default=0, help="of the prompts (default %(default)s)")
+    parser.add_argument("--device", default="cpu", help="of torch, such as cuda (default %(default)s)")
     parser.add_argument("--data", type=Path, metavar="PATH", help="as of benchmark/quality/run.py")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write rows and the environment")
     return parser.parse_args(argv)
@@ -118,6 +119,7 @@ def calibrate(contexts: Sequence[Context], ratio: float, scale: float) -> Planes
     keys, values = contexts[0].keys[0], contexts[0].values[0]
     codec = PlanesCodec(
         len(contexts[0].keys), keys.shape[0], keys.shape[2], values.shape[2], ratio=ratio, scale=scale,
+        device=keys.device,
     )  # fmt: skip
     share = SAMPLED_PAGES // len(contexts)
     samples = []
@@ -183,7 +185,7 @@ def ask(
 def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
     """A row for every budget, calibration and selection."""
     groups, others, repeated = make_groups(args)
-    model = CachedModel(args.model_path)
+    model = CachedModel(args.model_path, args.device)
     scale = model.head_dim**-0.5
     shared: dict[str, list[Context]] = {}
     if "one" in args.calibrations:

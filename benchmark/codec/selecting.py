@@ -56,7 +56,8 @@ class SelectingAttention:
         """Causal attention: out [T, Hq, Dv] and lse [T, Hq]."""
         rows, tokens = rows_of(q, len(k)), len(q)
         logits = (rows * scale) @ k.transpose(1, 2)
-        later = torch.arange(k.shape[1]) > torch.arange(k.shape[1] - tokens, k.shape[1])[:, None]
+        at = torch.arange(k.shape[1], device=k.device)
+        later = at > at[-tokens:, None]
         logits.masked_fill_(later.repeat(rows.shape[1] // tokens, 1), -torch.inf)
         return from_rows(logits.softmax(-1) @ v, tokens), from_rows(logits.logsumexp(-1), tokens)
 

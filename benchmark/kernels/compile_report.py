@@ -42,7 +42,7 @@ from mosaic_kernels.segment_decode import launch as segment_decode
 from mosaic_kernels.segment_decode.kernel import decode_kernel
 from mosaic_kernels.segment_encode import launch as segment_encode
 from mosaic_kernels.segment_encode.kernel import encode_kernel
-from mosaic_kernels.segment_table import MOST_GROUP
+from mosaic_kernels.segment_table import MOST_GROUP, padded
 from mosaic_kernels.select import launch as select
 from mosaic_kernels.select.kernel import collect_kernel, count_kernel, threshold_kernel
 
@@ -74,11 +74,11 @@ KERNELS = {
     "attend_pages": Kernel(attend_pages_kernel, attend_pages),
     "scan": Kernel(scan_kernel, scan),
     "select: count": Kernel(count_kernel, select, (("TILE", select.TILE),)),
-    "select: threshold": Kernel(threshold_kernel, select),
+    "select: threshold": Kernel(threshold_kernel, select, (("PIECES", select.TILE_PIECES),)),
     "select: collect": Kernel(collect_kernel, select, (("PAGES", select.TILE_PAGES),)),
     "attend_selected": Kernel(attend_selected_kernel, attend_selected, (("TILE", attend_selected.TILE), WIDE)),
     "far_field": Kernel(far_field_kernel, far_field, (("PAGES", far_field.TILE_PAGES), WIDE)),
-    "combine": Kernel(combine_kernel, combine, (WIDE,)),
+    "combine": Kernel(combine_kernel, combine, (("PIECES", combine.PIECES), WIDE)),
 }
 
 
@@ -97,7 +97,8 @@ def compile_kernel(kernel: Kernel, head_dim: int, group: int, arch: int) -> dict
     names = kernel.function.arg_names
     constants = {
         "HEADS": 8, "GROUP": group, "ROWS": attend_pages.query_rows(group), "FORMATS": 3, "T": 64,
-        "DK": head_dim, "K_DIM": head_dim, "DV": head_dim, "V_DIM": head_dim, "DS": min(head_dim, 64),
+        "R": padded(group), "DK": head_dim, "K_DIM": head_dim, "DV": head_dim, "V_DIM": head_dim,
+        "DS": min(head_dim, 64),
         "ANY_TOPK": False, "ANY_EXCEPTIONS": False, "TWO": True, "TOP_P": True, **dict(kernel.tiles),
     }  # fmt: skip
     constants = {name: value for name, value in constants.items() if name in names}

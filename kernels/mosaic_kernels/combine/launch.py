@@ -10,7 +10,7 @@ from mosaic_kernels.combine.kernel import combine_kernel
 from mosaic_kernels.page_batch import PageBatch
 from mosaic_kernels.segment_table import MOST_GROUP, padded
 
-WARPS = 8
+WARPS, PIECES = 8, 8
 
 
 def combine(
@@ -52,7 +52,7 @@ def combine(
     result = torch.empty_like(dense_out)
     combine_kernel[requests, heads](
         *parts[0], *parts[-1], dense_out, dense_lse, unrotate, batch.first_item, batch.epochs, result,
-        HEADS=heads, GROUP=group, ROWS=MOST_GROUP, DV=padded(v_dim), V_DIM=v_dim, TWO=len(parts) == 2,
-        num_warps=WARPS,
+        HEADS=heads, GROUP=group, R=padded(group), ROWS=MOST_GROUP, DV=padded(v_dim), V_DIM=v_dim, PIECES=PIECES,
+        TWO=len(parts) == 2, num_warps=WARPS,
     )  # fmt: skip
     return result

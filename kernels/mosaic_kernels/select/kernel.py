@@ -31,7 +31,7 @@ def count_kernel(keys, pieces, counts, pages, HEADS: tl.constexpr, T: tl.constex
 @triton.jit
 def threshold_kernel(
     counts, first_piece, most, least, starts, spares, taken, top_p,
-    HEADS: tl.constexpr, TOP_P: tl.constexpr,
+    HEADS: tl.constexpr, PIECES: tl.constexpr, TOP_P: tl.constexpr,
 ):  # fmt: skip
     """One program: an item and a KV head.
 
@@ -41,9 +41,12 @@ def threshold_kernel(
     item, head = tl.program_id(0), tl.program_id(1)
     first, last = tl.load(first_piece + item), tl.load(first_piece + item + 1)
     key = tl.arange(0, KEYS)
-    total = tl.zeros([KEYS], tl.int32)
-    for piece in range(first, last):
-        total += tl.load(counts + (piece * HEADS + head) * KEYS + key)
+    total = tl.zeros([PIECES, KEYS], tl.int32)
+    for at in range(first, last, PIECES):
+        piece = at + tl.arange(0, PIECES)
+        row = counts + ((piece * HEADS + head) * KEYS)[:, None]
+        total += tl.load(row + key[None, :], mask=(piece < last)[:, None], other=0)
+    total = tl.sum(total, 0)
     limit = tl.load(most + item)
     at_least = tl.cumsum(total, 0, reverse=True)
     bound = tl.sum((at_least > limit).to(tl.int32))
@@ -56,13 +59,20 @@ def threshold_kernel(
         bound = tl.maximum(bound, enough)
     tl.store(least + item * HEADS + head, bound)
     start = 0
-    for piece in range(first, last):
-        mine = tl.load(counts + (piece * HEADS + head) * KEYS + key)
-        ties = tl.minimum(tl.sum(tl.where(key == bound - 1, mine, 0)), spare)
-        tl.store(starts + piece * HEADS + head, start)
-        tl.store(spares + piece * HEADS + head, ties)
-        start += tl.sum(tl.where(key >= bound, mine, 0)) + ties
-        spare -= ties
+    for at in range(first, last, PIECES):
+        piece = at + tl.arange(0, PIECES)
+        real = piece < last
+        mine = tl.load(
+            counts + ((piece * HEADS + head) * KEYS)[:, None] + key[None, :], mask=real[:, None], other=0
+        )
+        equal = tl.sum(tl.where((key == bound - 1)[None, :], mine, 0), 1)
+        # In order, as long as there is room.
+        ties = tl.minimum(tl.maximum(spare - tl.cumsum(equal, 0) + equal, 0), equal)
+        taking = tl.sum(tl.where((key >= bound)[None, :], mine, 0), 1) + ties
+        tl.store(starts + piece * HEADS + head, start + tl.cumsum(taking, 0) - taking, mask=real)
+        tl.store(spares + piece * HEADS + head, ties, mask=real)
+        start += tl.sum(taking)
+        spare -= tl.sum(ties)
     tl.store(taken + head * tl.num_programs(0) + item, start)
 
 

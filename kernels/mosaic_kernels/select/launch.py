@@ -11,7 +11,7 @@ from mosaic_kernels.segment_table import SegmentTable
 from mosaic_kernels.select.kernel import collect_kernel, count_kernel, threshold_kernel
 from mosaic_kernels.select.selection import Selected, SelectionPlan
 
-TILE, TILE_PAGES, WARPS = 1024, 16, 4
+TILE, TILE_PAGES, TILE_PIECES, WARPS = 2048, 16, 16, 4
 
 
 def select(
@@ -54,7 +54,7 @@ def select(
         count_kernel[grid](keys, batch.pieces, counts, pages, HEADS=heads, T=page_size, TILE=TILE, num_warps=WARPS)
         threshold_kernel[items, heads](
             counts, batch.first_piece, plan.most, least, starts, spares, selected.counts, top_p,
-            HEADS=heads, TOP_P=top_p < 1, num_warps=WARPS,
+            HEADS=heads, PIECES=TILE_PIECES, TOP_P=top_p < 1, num_warps=2 * WARPS,
         )  # fmt: skip
         collect_kernel[grid](
             keys, page_lse, batch.pieces, batch.epochs, plan.first, least, starts, spares, table.far_bias,
