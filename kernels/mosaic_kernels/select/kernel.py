@@ -62,9 +62,7 @@ def threshold_kernel(
     for at in range(first, last, PIECES):
         piece = at + tl.arange(0, PIECES)
         real = piece < last
-        mine = tl.load(
-            counts + ((piece * HEADS + head) * KEYS)[:, None] + key[None, :], mask=real[:, None], other=0
-        )
+        mine = tl.load(counts + ((piece * HEADS + head) * KEYS)[:, None] + key[None, :], mask=real[:, None], other=0)
         equal = tl.sum(tl.where((key == bound - 1)[None, :], mine, 0), 1)
         # In order, as long as there is room.
         ties = tl.minimum(tl.maximum(spare - tl.cumsum(equal, 0) + equal, 0), equal)
