@@ -76,7 +76,7 @@ class Split(NamedTuple):
     programs: int
     token_programs: int
     least_pages: int = 4
-    least_tokens: int = 256
+    least_tokens: int = 64
 
 
 @dataclass(frozen=True)

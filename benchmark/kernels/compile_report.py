@@ -51,7 +51,7 @@ TYPES = {
     "pages": "i32", "room": "i32", "items": "i32", "epoch": "i32",
     "k_out": "*bf16", "v_out": "*bf16", "dense_out": "*bf16", "result": "*bf16",
 } | dict.fromkeys(
-    ("q", "v_levels", "known_lse", "page_lse", "far", "far_bias", "unrotate", "dense_lse",
+    ("q", "known_lse", "page_lse", "far", "far_bias", "unrotate", "dense_lse",
      "k_rot", "v_rot", "out", "lse", "out_a", "lse_a", "out_b", "lse_b"), "*fp32",
 )  # fmt: skip
 """Of kernel arguments; the others are pointers to int32."""
@@ -63,7 +63,7 @@ class Kernel(NamedTuple):
 
     function: Any
     launch: Any
-    """The module that launches it: WARPS and, if it has it, STAGES."""
+    """The module that launches it: WARPS and, if it has them, STAGES and REGISTERS."""
     tiles: tuple[tuple[str, int], ...] = ()
 
 
@@ -71,13 +71,15 @@ WIDE = "ROWS", MOST_GROUP
 KERNELS = {
     "encode": Kernel(encode_kernel, segment_encode),
     "decode": Kernel(decode_kernel, segment_decode, (("TILE", segment_decode.TILE),)),
-    "attend_pages": Kernel(attend_pages_kernel, attend_pages),
+    "attend_pages": Kernel(attend_pages_kernel, attend_pages, (("TILE", attend_pages.TILE),)),
     "scan": Kernel(scan_kernel, scan),
     "select: count": Kernel(count_kernel, select, (("TILE", select.TILE),)),
-    "select: threshold": Kernel(threshold_kernel, select, (("PIECES", select.TILE_PIECES),)),
-    "select: collect": Kernel(collect_kernel, select, (("PAGES", select.TILE_PAGES),)),
-    "attend_selected": Kernel(attend_selected_kernel, attend_selected, (("TILE", attend_selected.TILE), WIDE)),
-    "far_field": Kernel(far_field_kernel, far_field, (("PAGES", far_field.TILE_PAGES), WIDE)),
+    "select: threshold": Kernel(threshold_kernel, select),
+    "select: collect": Kernel(
+        collect_kernel, select, (("PAGES", select.TILE_PAGES), ("PIECES", select.TILE_PIECES))
+    ),
+    "attend_selected": Kernel(attend_selected_kernel, attend_selected, (("TILE", attend_selected.TILE),)),
+    "far_field": Kernel(far_field_kernel, far_field, (("PAGES", far_field.TILE_PAGES),)),
     "combine": Kernel(combine_kernel, combine, (("PIECES", combine.PIECES), WIDE)),
 }
 
@@ -111,6 +113,8 @@ def compile_kernel(kernel: Kernel, head_dim: int, group: int, arch: int) -> dict
     options = {"num_warps": kernel.launch.WARPS, "enable_fp_fusion": kernel.launch is not segment_encode}
     if hasattr(kernel.launch, "STAGES"):
         options["num_stages"] = kernel.launch.STAGES
+    if getattr(kernel.launch, "REGISTERS", None):
+        options["maxnreg"] = kernel.launch.REGISTERS
     source = ASTSource(fn=kernel.function, signature=signature, constexprs=constants, attrs=aligned)
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:

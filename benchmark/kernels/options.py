@@ -13,7 +13,7 @@ from mosaic_kernels.segment import GROUP
 SHAPES = (Shape(8, 131072), Shape(32, 32768), Shape(1, 131072), Shape(1, 32768))
 QUICK_SHAPES = (Shape(8, 32768), Shape(1, 32768))
 REPEATS, QUICK_REPEATS = 50, 10
-PROGRAMS = 8  # of a multiprocessor, as in a server
+PROGRAMS = 16  # of a multiprocessor, as in a server
 CROSSOVER_BATCHES = (1, 8, 32)
 CROSSOVER_CONTEXTS = (1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072)
 MOST_QUERY_HEADS = 16  # of a KV head

@@ -9,3 +9,9 @@ def load_piece(pieces, piece):
     """Its item, negative if there is none, its first page or token and the one after its last."""
     at = pieces + piece * 3
     return tl.load(at), tl.load(at + 1), tl.load(at + 2)
+
+
+@triton.jit
+def find_segment(data, frame_bytes, frames, page):
+    """Where a page's frame lies, [1, 1] pointers. data: pointer to the pool's first frame, or as far into it."""
+    return data + tl.load(frames + page + tl.zeros([1, 1], tl.int32)).to(tl.int64) * frame_bytes

@@ -14,24 +14,17 @@ import triton
 import triton.language as tl
 
 from mosaic_kernels import segment_table
+from mosaic_kernels.load_words import load_four, load_two
 from mosaic_kernels.unpack_bytes import four, unpack_affine, unpack_bytes
 
 PLANES = tl.constexpr(segment_table.PLANES)
 TOPK = tl.constexpr(segment_table.TOPK)
 INVALID = tl.constexpr(segment_table.INVALID)
-_KIND = tl.constexpr(segment_table.KIND)
 _SCALARS = tl.constexpr(segment_table.SCALARS)
 _WORDS = tl.constexpr(segment_table.WORDS)
-_BASE = tl.constexpr(segment_table.BASE)
-_REFINEMENT = tl.constexpr(segment_table.REFINEMENT)
-_BITS = tl.constexpr(segment_table.BITS)
+_K = tl.constexpr(segment_table.KIND)
+_V = tl.constexpr(segment_table.V_CODED)
 _K_CODED = tl.constexpr(segment_table.K_CODED)
-_K_SCALES = tl.constexpr(segment_table.K_SCALES)
-_K_OFFSETS = tl.constexpr(segment_table.K_OFFSETS)
-_V_CODED = tl.constexpr(segment_table.V_CODED)
-_V_SCALES = tl.constexpr(segment_table.V_SCALES)
-_MEAN_V = tl.constexpr(segment_table.MEAN_V)
-_MEAN_SCALE = tl.constexpr(segment_table.MEAN_SCALE)
 _EXCEPTIONS = tl.constexpr(segment_table.EXCEPTIONS)
 _EXCEPTION_TOKENS = tl.constexpr(segment_table.EXCEPTION_TOKENS)
 _EXCEPTION_K = tl.constexpr(segment_table.EXCEPTION_K)
@@ -41,19 +34,21 @@ _TOPK_SCALES = tl.constexpr(segment_table.TOPK_SCALES)
 _TOPK_BITMAP = tl.constexpr(segment_table.TOPK_BITMAP)
 _TOPK_VALUES = tl.constexpr(segment_table.TOPK_VALUES)
 _EVERY_BYTE = tl.constexpr(0x01010101)
+_SIGNS = tl.constexpr(0x80808080)
 
 
 @triton.jit
-def find_row(segment, scalars, first_row, FORMATS: tl.constexpr, ANY_TOPK: tl.constexpr, ANY_EXCEPTIONS: tl.constexpr):
-    """Row of a segment's format, and its kind; INVALID: never encoded, or in a format that is not to occur."""
-    number = tl.load(segment).to(tl.int32)
+def load_number(segment):
+    """Number of a segment's format; it may be none."""
+    return load_byte(segment, 0)
+
+
+@triton.jit
+def find_row(number, scalars, first_row, FORMATS: tl.constexpr):
+    """Row of a format, and its kind; INVALID: no format has the number, or it is of one that is not to occur."""
     row = first_row + tl.minimum(number, FORMATS - 1)
-    kind = tl.where(number < FORMATS, tl.load(scalars + row * _SCALARS + _KIND), INVALID)
-    if not ANY_TOPK:
-        kind = tl.where(kind == TOPK, INVALID, kind)
-    if not ANY_EXCEPTIONS:
-        kind = tl.where(exceptions(scalars, row, kind) > 0, INVALID, kind)
-    return row, kind
+    kind, _, _, _ = load_four(scalars + row * _SCALARS + _K)
+    return row, tl.where(number < FORMATS, kind, INVALID)
 
 
 @triton.jit
@@ -67,16 +62,20 @@ def plane_keys(
     to a power of two. Without refinement, a code is the middle of those that share its base.
     """
     group = CHUNK * GROUPS + tl.arange(0, GROUPS)[:, None]
-    of_row = scalars + row * _SCALARS
-    coded = tl.minimum(tl.load(of_row + _K_CODED), channels)
-    scales = (segment + tl.load(of_row + _K_SCALES)).to(tl.pointer_type(tl.uint64)) + group * 4
-    offsets = (segment + tl.load(of_row + _K_OFFSETS)).to(tl.pointer_type(tl.uint64)) + group * 4
-    q0, q1, q2, q3, more = _plane_quads(segment, words, row, t, group, channels, REFINED, WIDTH)
-    has_codes, has_offset = group * 16 < coded, group * 16 < channels
-    u0 = unpack_affine(q0, more, tl.load(scales, has_codes, 0), tl.load(offsets, has_offset, 0))
-    u1 = unpack_affine(q1, more, tl.load(scales + 1, has_codes, 0), tl.load(offsets + 1, has_offset, 0))
-    u2 = unpack_affine(q2, more, tl.load(scales + 2, has_codes, 0), tl.load(offsets + 2, has_offset, 0))
-    u3 = unpack_affine(q3, more, tl.load(scales + 3, has_codes, 0), tl.load(offsets + 3, has_offset, 0))
+    _, _, scales_at, offsets_at = load_four(scalars + row * _SCALARS + _K)
+    q0, q1, q2, q3, more, bits, _ = _plane_quads(segment, words, row, t, group, channels, REFINED, WIDTH)
+    shape: tl.constexpr = [GROUPS, t.shape[1]]
+    scales = tl.broadcast_to((segment + scales_at).to(tl.pointer_type(tl.uint64)) + group * 4, shape)
+    offsets = tl.broadcast_to((segment + offsets_at).to(tl.pointer_type(tl.uint64)) + group * 4, shape)
+    has_codes, has_offset = bits > 0, group * 16 < channels
+    scale0, scale1 = load_two(scales, has_codes)
+    scale2, scale3 = load_two(scales + 2, has_codes)
+    offset0, offset1 = load_two(offsets, has_offset)
+    offset2, offset3 = load_two(offsets + 2, has_offset)
+    u0 = unpack_affine(q0, more, scale0, offset0)
+    u1 = unpack_affine(q1, more, scale1, offset1)
+    u2 = unpack_affine(q2, more, scale2, offset2)
+    u3 = unpack_affine(q3, more, scale3, offset3)
     # [groups, T, channel / 2 % 2, channel % 2, quad / 2, quad % 2]
     joined = tl.join(tl.join(u0, u2), tl.join(u1, u3))
     return tl.reshape(tl.permute(joined, 1, 4, 5, 0, 2, 3), [t.shape[1], GROUPS * 16])
@@ -94,56 +93,70 @@ def key_channels(CHUNK: tl.constexpr, GROUPS: tl.constexpr):
 
 
 @triton.jit
-def in_key_order(x, D: tl.constexpr):
-    """[D, N] of all channels in their order -> [N, D] in that of `key_channels` with all groups."""
-    split = tl.reshape(x, [D // 16, 4, 4, x.shape[1]])
-    return tl.reshape(tl.permute(split, 3, 1, 0, 2), [x.shape[1], D])
-
-
-@triton.jit
-def plane_values(segment, scalars, words, levels, row, t, D: tl.constexpr, DIM: tl.constexpr):
-    """V of planes in scales of its token: float16 [D, T], exact; uncoded channels 0 (`mean_values`). And those scales,
-    float32 [1, T]."""
-    of_levels = levels + row * (D // 8) + tl.arange(0, D // 16)[:, None]
-    middle, step = tl.load(of_levels), tl.load(of_levels + D // 16)
-    factors, terms = four(step.to(tl.float16)), four((-middle * step).to(tl.float16))
-    group = tl.arange(0, D // 16)[:, None]
-    q0, q1, q2, q3, more = _plane_quads(segment, words, row, t, group, DIM, True, D)
-    values = _tile(
+def plane_values(
+    segment, words, row, t, CHUNK: tl.constexpr, GROUPS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr
+):
+    """GROUPS groups of V of planes from group CHUNK * GROUPS on, in scales of the token (`value_scales`): float16
+    [GROUPS * 16, T], exact; channels without codes 0 (`mean_values`)."""
+    group = CHUNK * GROUPS + tl.arange(0, GROUPS)[:, None]
+    q0, q1, q2, q3, more, _, levels = _plane_quads(segment, words, row, t, group, DIM, True, WIDTH)
+    factors, terms = four(levels.to(tl.uint16)), four((levels >> 16).to(tl.uint16))
+    return _tile(
         unpack_affine(q0, more, factors, terms),
         unpack_affine(q1, more, factors, terms),
         unpack_affine(q2, more, factors, terms),
         unpack_affine(q3, more, factors, terms),
-        D,
+        GROUPS * 16,
     )
-    return values, value_scales(segment, scalars, row, t)
 
 
 @triton.jit
 def value_scales(segment, scalars, row, t):
     """V's scale of each token of planes, float32 [1, T]; 0 if nothing is coded."""
-    of_row = scalars + row * _SCALARS
-    some = t < tl.where(tl.load(of_row + _V_CODED) > 0, 256, 0)
-    return _scale_of(tl.load(segment + tl.load(of_row + _V_SCALES) + t, mask=some, other=0))
+    coded, scales_at, _, _ = load_four(scalars + row * _SCALARS + _V)
+    some = t < tl.where(coded > 0, 256, 0)
+    return _scale_of(load_byte(segment, scales_at + t, some))
 
 
 @triton.jit
 def value_channels(scalars, row):
     """Channels of V that have codes; the others are their page's mean."""
-    return tl.load(scalars + row * _SCALARS + _V_CODED)
+    coded, _, _, _ = load_four(scalars + row * _SCALARS + _V)
+    return coded
+
+
+@triton.jit
+def mean_values(segment, scalars, row, CHUNK: tl.constexpr, GROUPS: tl.constexpr, DIM: tl.constexpr):
+    """Mean V of segments of planes, GROUPS groups from group CHUNK * GROUPS on: float16 [GROUPS * 16, 1 or T], exact
+    in scales, and those float32 [1, 1 or T]."""
+    _, _, means_at, scale_at = load_four(scalars + row * _SCALARS + _V)
+    group = CHUNK * GROUPS + tl.arange(0, GROUPS)[:, None]
+    # Beyond the last group, the last one again.
+    means = (segment + means_at).to(tl.pointer_type(tl.int32)) + tl.minimum(group, DIM // 16 - 1) * 4
+    w0, w1, w2, w3 = load_four(means)
+    # A signed byte plus 128.
+    less = tl.full([1, 1], -128.0, tl.float32)
+    units = _tile(
+        unpack_bytes(w0.to(tl.uint32, bitcast=True) ^ _SIGNS, less),
+        unpack_bytes(w1.to(tl.uint32, bitcast=True) ^ _SIGNS, less),
+        unpack_bytes(w2.to(tl.uint32, bitcast=True) ^ _SIGNS, less),
+        unpack_bytes(w3.to(tl.uint32, bitcast=True) ^ _SIGNS, less),
+        GROUPS * 16,
+    )
+    return units, _scale_of(load_byte(segment, scale_at))
 
 
 @triton.jit
 def key_codes(segment, scalars, words, row, t, D: tl.constexpr, DIM: tl.constexpr):
     """K of planes in factors, exact: codes float16 [D, T], scale and offset float32 [D, 1 or T]."""
     c = tl.arange(0, D)[:, None]
-    of_row = scalars + row * _SCALARS
-    scales = (segment + tl.load(of_row + _K_SCALES)).to(tl.pointer_type(tl.float16))
-    offsets = (segment + tl.load(of_row + _K_OFFSETS)).to(tl.pointer_type(tl.float16))
+    _, coded, scales_at, offsets_at = load_four(scalars + row * _SCALARS + _K)
+    scales = (segment + scales_at).to(tl.pointer_type(tl.float16))
+    offsets = (segment + offsets_at).to(tl.pointer_type(tl.float16))
     group = tl.arange(0, D // 16)[:, None]
-    q0, q1, q2, q3, more = _plane_quads(segment, words, row, t, group, DIM, True, D)
+    q0, q1, q2, q3, more, _, _ = _plane_quads(segment, words, row, t, group, DIM, True, D)
     codes = _tile(unpack_bytes(q0, more), unpack_bytes(q1, more), unpack_bytes(q2, more), unpack_bytes(q3, more), D)
-    scale = tl.load(scales + c, mask=c < tl.load(of_row + _K_CODED), other=0).to(tl.float32)
+    scale = tl.load(scales + c, mask=c < coded, other=0).to(tl.float32)
     return codes, scale, tl.load(offsets + c, mask=c < DIM, other=0).to(tl.float32)
 
 
@@ -161,16 +174,6 @@ def topk_codes(segment, scalars, row, t, channels, PART: tl.constexpr, D: tl.con
     codes = tl.load(values + t * keep + which, mask=kept == 1, other=0)
     scales = (segment + scales_at).to(tl.pointer_type(tl.float16))
     return codes.to(tl.float16), tl.load(scales + t).to(tl.float32)
-
-
-@triton.jit
-def mean_values(segment, scalars, row, D: tl.constexpr, DIM: tl.constexpr):
-    """Mean V of segments of planes, float32 [D, 1 or T]."""
-    c = tl.arange(0, D)[:, None]
-    of_row = scalars + row * _SCALARS
-    means = (segment + tl.load(of_row + _MEAN_V)).to(tl.pointer_type(tl.int8))
-    scale = _scale_of(tl.load(segment + tl.load(of_row + _MEAN_SCALE)))
-    return tl.load(means + c, mask=c < DIM, other=0).to(tl.float32) * scale
 
 
 @triton.jit
@@ -205,23 +208,24 @@ def exception_value(segment, scalars, row, e, D: tl.constexpr, DIM: tl.constexpr
 def _plane_quads(segment, words, row, t, group, channels, REFINED: tl.constexpr, WIDTH: tl.constexpr):
     """Codes of the channels 0..3, 4..7, 8..11 and 12..15 of groups [G, 1], uint32 [G, T] of four bytes each.
 
-    And what to add to a code, float32 [G, 1 or T].
+    And [G, 1 or T] what to add to a code, float32; bits of the base, 0 from `channels` on; and V's levels.
     """
-    of_row = words + row * (_WORDS * (WIDTH // 16)) + group
-    bits = tl.load(of_row + _BITS * (WIDTH // 16), mask=group * 16 < channels, other=0)
+    at = words + (row * (WIDTH // 16) + group) * _WORDS
+    base, refinement, bits, levels = load_four(tl.broadcast_to(at, [group.shape[0], t.shape[1]]))
+    bits = tl.where(group * 16 < channels, bits, 0)
     base_bits, more_bits = bits & 0xFF, bits >> 8
-    low, high = _row_words(segment, tl.load(of_row + _BASE * (WIDTH // 16)), base_bits, t)
+    low, high = _row_words(segment, base, base_bits, t)
     # Bases are put above the place of their refinement.
     q0, q1 = _quad(low, high, base_bits, 0, more_bits), _quad(low, high, base_bits, 1, more_bits)
     q2, q3 = _quad(low, high, base_bits, 2, more_bits), _quad(low, high, base_bits, 3, more_bits)
-    cells = (1 << more_bits).to(tl.float32)
     if REFINED:
-        low, high = _row_words(segment, tl.load(of_row + _REFINEMENT * (WIDTH // 16)), more_bits, t)
+        low, high = _row_words(segment, refinement, more_bits, t)
         q0, q1 = q0 | _quad(low, high, more_bits, 0, 0), q1 | _quad(low, high, more_bits, 1, 0)
         q2, q3 = q2 | _quad(low, high, more_bits, 2, 0), q3 | _quad(low, high, more_bits, 3, 0)
-        return q0, q1, q2, q3, tl.zeros_like(cells)
+        return q0, q1, q2, q3, tl.full(bits.shape, 0.0, tl.float32), base_bits, levels
     else:
-        return q0, q1, q2, q3, (cells - 1) * 0.5
+        cells = (1 << more_bits).to(tl.float32)
+        return q0, q1, q2, q3, (cells - 1) * 0.5, base_bits, levels
 
 
 @triton.jit
@@ -250,6 +254,14 @@ def _quad(low, high, bits, Q: tl.constexpr, left):
     turn = (left - at & 31).to(tl.uint32)
     turned = word << turn | word >> (32 - turn & 31)
     return turned & ((1 << bits) - 1 << left).to(tl.uint32) * _EVERY_BYTE
+
+
+@triton.jit
+def load_byte(segment, at, there=True):
+    """The byte at an offset, int32; 0 where `there` is not. By a load of four bytes: one of a single byte would have
+    Triton lay tiles out for products of bytes."""
+    word = tl.load((segment + (at & -4)).to(tl.pointer_type(tl.int32)), mask=there, other=0)
+    return word >> (at & 3) * 8 & 0xFF
 
 
 @triton.jit

@@ -17,7 +17,7 @@ from mosaic_kernels.topk.segment import TopKFormat
 INVALID, PLANES, TOPK = -1, 0, 1
 """Kinds of a row; INVALID: no format has this number."""
 
-# Columns of `scalars`. Of planes; offsets are bytes from the start of the segment.
+# Columns of `scalars`; kernels load four at a time. Of planes; offsets are bytes from the start of the segment.
 KIND = 0
 K_CODED, K_SCALES, K_OFFSETS = 1, 2, 3
 V_CODED, V_SCALES, MEAN_V, MEAN_SCALE = 4, 5, 6, 7
@@ -26,11 +26,13 @@ EXCEPTIONS, EXCEPTION_TOKENS, EXCEPTION_K, EXCEPTION_V = 8, 9, 10, 11
 TOPK_KEEP, TOPK_SCALES, TOPK_BITMAP, TOPK_VALUES = (1, 5), (2, 6), (3, 7), (4, 8)
 SCALARS = 12
 
-# Words of each group of 16 channels.
-BASE, REFINEMENT, BITS = 0, 1, 2
+# Words of each group of 16 channels, side by side.
+BASE, REFINEMENT, BITS, LEVELS = 0, 1, 2, 3
 """BASE and REFINEMENT: first byte of the group in that plane | bytes from row to row of the plane << 16.
-BITS: bits of the base | bits of the refinement << 8."""
-WORDS = 3
+BITS: bits of the base | bits of the refinement << 8.
+LEVELS, of V: float16 step between codes in scales of the token | float16 value of code 0 in such scales << 16; both
+exact."""
+WORDS = 4
 _MOST_BYTES = 1 << 16
 MOST_CHANNELS, MOST_GROUP = 256, 16
 """Channels of a head and query heads per KV head that kernels can have."""
@@ -61,11 +63,9 @@ class SegmentTable(NamedTuple):
     scalars: torch.Tensor
     """int32 [E * H * F, SCALARS]."""
     k_words: torch.Tensor
-    """int32 [E * H * F, WORDS, groups], as many groups as in the power of two that holds k_dim."""
+    """int32 [E * H * F, groups, WORDS], as many groups as in the power of two that holds k_dim."""
     v_words: torch.Tensor
-    """int32 [E * H * F, WORDS, groups], of V."""
-    v_levels: torch.Tensor
-    """float32 [E * H * F, 2, groups]: the code that stands for 0, and the step between codes in scales of the token."""
+    """int32 [E * H * F, groups, WORDS], of V."""
     formats: int
     """F."""
     page_size: int
@@ -110,26 +110,24 @@ def make_table(
     rows = len(heads) * most
     scalars = torch.zeros(rows, SCALARS, dtype=torch.int32)
     scalars[:, KIND] = INVALID
-    k_words, v_words = (torch.zeros(rows, WORDS, padded(dim) // GROUP, dtype=torch.int32) for dim in (k_dim, v_dim))
-    v_levels = torch.zeros(rows, 2, padded(v_dim) // GROUP)
+    k_words, v_words = (torch.zeros(rows, padded(dim) // GROUP, WORDS, dtype=torch.int32) for dim in (k_dim, v_dim))
     for i, head in enumerate(heads):
         for n, fmt in enumerate(head.formats):
             row = i * most + n
             if isinstance(fmt, TopKFormat):
-                scalars[row] = _topk_scalars(fmt)
-                continue
-            scalars[row] = _planes_scalars(fmt)
-            for words, part in ((k_words, fmt.k), (v_words, fmt.v)):
-                words[row, :, : part.dim // GROUP] = _words(part)
-            for g, bits in enumerate(fmt.v_bits):
-                if bits:
-                    v_levels[row, 0, g], v_levels[row, 1, g] = (2**bits - 1) / 2, V_STEPS[bits]
+                if topk:
+                    scalars[row] = _topk_scalars(fmt)
+            elif exceptions or not fmt.exceptions:
+                scalars[row] = _planes_scalars(fmt)
+                for words, part in ((k_words, fmt.k), (v_words, fmt.v)):
+                    words[row, : part.dim // GROUP] = _words(part)
+                v_words[row, : v_dim // GROUP, LEVELS] = _levels(fmt.v_bits)
     scanned = [[head.scan_channels or k_dim for head in epoch] for epoch in epochs]
     return SegmentTable(
         torch.tensor([[head.start for head in epoch] for epoch in epochs], dtype=torch.int32, device=device),
         torch.tensor(scanned, dtype=torch.int32, device=device),
         torch.tensor([[head.far_bias for head in epoch] for epoch in epochs], device=device),
-        *(x.to(device) for x in (scalars, k_words, v_words, v_levels)),
+        *(x.to(device) for x in (scalars, k_words, v_words)),
         formats=most,
         page_size=page_size,
         k_dim=k_dim,
@@ -195,11 +193,17 @@ def _topk_scalars(fmt: TopKFormat) -> torch.Tensor:
 
 
 def _words(part: TensorPlanes) -> torch.Tensor:
-    words = torch.zeros(WORDS, part.dim // GROUP, dtype=torch.int32)
+    words = torch.zeros(part.dim // GROUP, WORDS, dtype=torch.int32)
     for planes, word, low in ((part.base, BASE, 0), (part.refinement, REFINEMENT, 8)):
         for plane in planes:
             groups = slice(plane.first, plane.first + plane.groups)
             first = plane.start + torch.arange(plane.groups, dtype=torch.int32) * plane.group_bytes
-            words[word, groups] = first | plane.groups * plane.group_bytes << 16
-            words[BITS, groups] |= plane.bits << low
+            words[groups, word] = first | plane.groups * plane.group_bytes << 16
+            words[groups, BITS] |= plane.bits << low
     return words
+
+
+def _levels(bits: tuple[int, ...]) -> torch.Tensor:
+    steps = [V_STEPS.get(b, 0.0) for b in bits]
+    both = [(step, -(2**b - 1) / 2 * step) for step, b in zip(steps, bits, strict=True)]
+    return torch.tensor(both, dtype=torch.float16).view(torch.int32).flatten()

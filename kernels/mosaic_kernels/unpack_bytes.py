@@ -39,8 +39,8 @@ _AFFINE = tl.constexpr(
 
 @triton.jit
 def unpack_bytes(word, more):
-    """uint32 [G, T] -> float16 [G, T, 2, 2], byte 2 i + j at [.., i, j], each plus `more` float32 [G, 1 or T], halves
-    of at most 8."""
+    """uint32 [G, T] -> float16 [G, T, 2, 2], byte 2 i + j at [.., i, j], each plus `more` float32 [1 or G, 1 or T],
+    halves of at most 8 or -128."""
     less = (1024.0 - more).to(tl.float16)
     if INTERPRETED:
         a, b, c, d = _byte(word, less, 0), _byte(word, less, 1), _byte(word, less, 2), _byte(word, less, 3)
@@ -73,16 +73,15 @@ def unpack_affine(word, more, factors, terms):
 
 
 @triton.jit
-def four(x):
-    """float16 -> uint64, the same four times."""
-    two = _twice(x).to(tl.uint64)
-    return two | two << 32
+def four(half):
+    """uint16 -> uint64, the same four times."""
+    two = half.to(tl.uint32) * 0x10001
+    return two.to(tl.uint64) | two.to(tl.uint64) << 32
 
 
 @triton.jit
 def _twice(x):
-    half = x.to(tl.uint16, bitcast=True).to(tl.uint32)
-    return half | half << 16
+    return x.to(tl.uint16, bitcast=True).to(tl.uint32) * 0x10001
 
 
 @triton.jit

@@ -9,7 +9,7 @@ from mosaic_kernels.page_batch import PageBatch
 from mosaic_kernels.segment_table import MOST_GROUP, SegmentTable, check_frames, padded
 
 # The fewest instructions per page: what one warp unpacks of K is where its tensor core wants it (docs/kernels.md).
-WARPS, STAGES = 1, 1
+TILE, WARPS, STAGES, REGISTERS = 32, 1, 1, 144
 
 
 def query_rows(group: int) -> int:
@@ -44,10 +44,11 @@ def attend_pages(
     if batch.capacity:
         attend_pages_kernel[batch.capacity, table.heads](
             q, data, data.stride(0), batch.frames, batch.pieces, batch.epochs,
-            table.starts, table.scalars, table.k_words, table.v_words, table.v_levels, out, lse, scale,
+            table.starts, table.scalars, table.k_words, table.v_words, out, lse, scale,
             HEADS=table.heads, GROUP=group, ROWS=query_rows(group), FORMATS=table.formats, T=table.page_size,
+            TILE=min(TILE, table.page_size),
             DK=padded(table.k_dim), K_DIM=table.k_dim, DV=padded(table.v_dim), V_DIM=table.v_dim,
-            ANY_TOPK=table.any_topk, ANY_EXCEPTIONS=table.any_exceptions, num_warps=WARPS, num_stages=STAGES,
+            ANY_TOPK=table.any_topk, ANY_EXCEPTIONS=table.any_exceptions, num_warps=WARPS, num_stages=STAGES, maxnreg=REGISTERS,
         )  # fmt: skip
     return out, lse
 

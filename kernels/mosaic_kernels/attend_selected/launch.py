@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import torch
 
-from mosaic_kernels.attend_pages.launch import check_queries
+from mosaic_kernels.attend_pages.launch import check_queries, query_rows
 from mosaic_kernels.attend_selected.kernel import attend_selected_kernel
 from mosaic_kernels.page_batch import PageBatch
-from mosaic_kernels.segment_table import MOST_GROUP, SegmentTable, check_frames, padded
+from mosaic_kernels.segment_table import SegmentTable, check_frames, padded
 from mosaic_kernels.select.selection import Selected, SelectionPlan
 
-TILE, WARPS, STAGES = 16, 4, 1
+TILE, WARPS, STAGES, REGISTERS = 16, 1, 1, 152
 
 
 def attend_selected(
@@ -46,11 +46,11 @@ def attend_selected(
     if capacity:
         attend_selected_kernel[capacity, table.heads](
             q, data, data.stride(0), batch.frames, selected.tokens, selected.counts, plan.pieces, plan.first,
-            batch.epochs, table.starts, table.scalars, table.k_words, table.v_words, table.v_levels,
+            batch.epochs, table.starts, table.scalars, table.k_words, table.v_words,
             out, lse, plan.room, len(batch.epochs), scale,
-            HEADS=table.heads, GROUP=group, ROWS=MOST_GROUP, FORMATS=table.formats, T=table.page_size,
+            HEADS=table.heads, GROUP=group, ROWS=query_rows(group), FORMATS=table.formats, T=table.page_size,
             TILE=TILE,
             DK=padded(table.k_dim), K_DIM=table.k_dim, DV=padded(table.v_dim), V_DIM=table.v_dim,
-            ANY_TOPK=table.any_topk, ANY_EXCEPTIONS=table.any_exceptions, num_warps=WARPS, num_stages=STAGES,
+            ANY_TOPK=table.any_topk, ANY_EXCEPTIONS=table.any_exceptions, num_warps=WARPS, num_stages=STAGES, maxnreg=REGISTERS,
         )  # fmt: skip
     return out, lse

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import torch
 
+from mosaic_kernels.attend_pages.launch import query_rows
 from mosaic_kernels.far_field.kernel import far_field_kernel
 from mosaic_kernels.page_batch import PageBatch
-from mosaic_kernels.segment_table import MOST_GROUP, SegmentTable, check_frames, padded
+from mosaic_kernels.segment_table import SegmentTable, check_frames, padded
 
-TILE_PAGES, WARPS, STAGES = 16, 4, 1
+TILE_PAGES, WARPS, STAGES, REGISTERS = 16, 1, 1, None
 
 
 def far_field(
@@ -38,9 +39,8 @@ def far_field(
         far_field_kernel[batch.capacity, heads](
             far, data, data.stride(0), batch.frames, batch.pieces, batch.epochs, table.starts, table.scalars,
             out, lse, pages,
-            HEADS=heads, GROUP=group, ROWS=MOST_GROUP, FORMATS=table.formats, T=table.page_size,
-            PAGES=TILE_PAGES,
-            DV=padded(table.v_dim), V_DIM=table.v_dim, ANY_TOPK=table.any_topk,
-            ANY_EXCEPTIONS=table.any_exceptions, num_warps=WARPS, num_stages=STAGES,
+            HEADS=heads, GROUP=group, ROWS=query_rows(group), FORMATS=table.formats, T=table.page_size,
+            PAGES=TILE_PAGES, DV=padded(table.v_dim), V_DIM=table.v_dim, ANY_TOPK=table.any_topk,
+            num_warps=WARPS, num_stages=STAGES, maxnreg=REGISTERS,
         )  # fmt: skip
     return out, lse

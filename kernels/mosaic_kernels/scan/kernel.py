@@ -3,10 +3,10 @@
 import triton
 import triton.language as tl
 
-from mosaic_kernels.attend_pages.kernel import LOG2_E, load_queries, page_logits
-from mosaic_kernels.load_piece import load_piece
-from mosaic_kernels.load_segment import INVALID, find_row
+from mosaic_kernels.load_piece import find_segment, load_piece
+from mosaic_kernels.load_segment import find_row, load_number
 from mosaic_kernels.scan import keys as of_keys
+from mosaic_kernels.tile_attention import LOG2_E, load_queries, tile_logits
 
 KEYS = tl.constexpr(of_keys.KEYS)
 STEPS = tl.constexpr(of_keys.STEPS)
@@ -39,21 +39,26 @@ def scan_kernel(
     # Rows beyond the group are below everything.
     known = tl.load(known_lse + (tl.load(requests + item) * HEADS + head) * GROUP + r, mask=real, other=float("inf"))
     known = tl.where(known == float("-inf"), 0.0, known)
+    data += start
+    # Loaded a page or two before they are used: each waits for the one before.
+    segment = find_segment(data, frame_bytes, frames, first)
+    next_segment = find_segment(data, frame_bytes, frames, tl.minimum(first + 1, last - 1))
+    number = load_number(segment)
     for page in range(first, last):
-        segment = data + tl.load(frames + page).to(tl.int64) * frame_bytes + start
-        row, kind = find_row(segment, scalars, of_head * FORMATS, FORMATS, ANY_TOPK, ANY_EXCEPTIONS)
+        next_number = load_number(next_segment)
+        after = find_segment(data, frame_bytes, frames, tl.minimum(page + 2, last - 1))
+        row, kind = find_row(number, scalars, of_head * FORMATS, FORMATS)
         # In octaves above what is known.
-        logits = page_logits(
+        logits = tile_logits(
             q, q0, q1, q2, q3, r, factor, (-known * LOG2_E)[None, :],
             segment, scalars, k_words, row, kind, t[None, :], channels,
-            DS, GROUPS, GROUP, K_DIM, DK, False, ANY_TOPK, ANY_EXCEPTIONS,
+            DS, GROUP, K_DIM, DK, False, ANY_TOPK, ANY_EXCEPTIONS,
         )  # fmt: skip
         key = tl.floor(tl.max(logits, 1) * (STEPS / LOG2_E) + (0.5 - LOWEST * STEPS))
         key = tl.minimum(tl.maximum(tl.where(key == key, key, KEYS), 0.0), KEYS - 1.0)
         # No page has more than 2^100 times the attention of what is known.
         lse = known + tl.log2(tl.sum(tl.exp2(tl.minimum(logits, 100.0)), 0)) / LOG2_E
-        # NaN marks what was never encoded.
-        lse = tl.where(kind == INVALID, float("nan"), lse)
         at = (head * pages + page).to(tl.int64)
         tl.store(keys + at * T + t, key.to(tl.int16))
         tl.store(page_lse + at * GROUP + r, lse, mask=real)
+        segment, next_segment, number = next_segment, after, next_number

@@ -12,16 +12,18 @@ from mosaic_kernels.load_segment import (
     exceptions,
     find_row,
     key_codes,
+    load_number,
     mean_values,
     plane_values,
     topk_codes,
     value_channels,
+    value_scales,
 )
 
 
 @triton.jit
 def decode_kernel(
-    data, frame_bytes, frames, starts, scalars, k_words, v_words, v_levels, epoch, k_out, v_out, pages,
+    data, frame_bytes, frames, starts, scalars, k_words, v_words, epoch, k_out, v_out, pages,
     HEADS: tl.constexpr, FORMATS: tl.constexpr, T: tl.constexpr, TILE: tl.constexpr,
     DK: tl.constexpr, K_DIM: tl.constexpr, DV: tl.constexpr, V_DIM: tl.constexpr,
     ANY_TOPK: tl.constexpr, ANY_EXCEPTIONS: tl.constexpr,
@@ -30,7 +32,7 @@ def decode_kernel(
     page, head, first = tl.program_id(0), tl.program_id(1), tl.program_id(2) * TILE
     of_head = epoch * HEADS + head
     segment = data + tl.load(frames + page).to(tl.int64) * frame_bytes + tl.load(starts + of_head)
-    row, kind = find_row(segment, scalars, of_head * FORMATS, FORMATS, ANY_TOPK, ANY_EXCEPTIONS)
+    row, kind = find_row(load_number(segment), scalars, of_head * FORMATS, FORMATS)
     t = (first + tl.arange(0, TILE))[None, :]
     # NaN marks what was never encoded.
     keys = tl.full([DK, TILE], float("nan"), tl.float32)
@@ -38,10 +40,10 @@ def decode_kernel(
     if kind == PLANES:
         codes, scale, offset = key_codes(segment, scalars, k_words, row, t, DK, K_DIM)
         keys = codes.to(tl.float32) * scale + offset
-        values, token = plane_values(segment, scalars, v_words, v_levels, row, t, DV, V_DIM)
-        means = mean_values(segment, scalars, row, DV, V_DIM)
+        values = plane_values(segment, v_words, row, t, 0, DV // 16, V_DIM, DV).to(tl.float32)
+        means, scale = mean_values(segment, scalars, row, 0, DV // 16, V_DIM)
         coded = tl.arange(0, DV)[:, None] < value_channels(scalars, row)
-        values = tl.where(coded, values.to(tl.float32) * token, means)
+        values = tl.where(coded, values * value_scales(segment, scalars, row, t), means.to(tl.float32) * scale)
     if ANY_TOPK:
         if kind == TOPK:
             codes, token = topk_codes(segment, scalars, row, t, K_DIM, 0, DK, K_DIM)

@@ -35,7 +35,7 @@ def decode_frames(
     tile = min(TILE, table.page_size)
     if len(frames):
         decode_kernel[len(frames), table.heads, table.page_size // tile](
-            data, data.stride(0), frames, table.starts, table.scalars, table.k_words, table.v_words, table.v_levels,
+            data, data.stride(0), frames, table.starts, table.scalars, table.k_words, table.v_words,
             epoch, k_out, v_out, len(frames),
             HEADS=table.heads, FORMATS=table.formats, T=table.page_size, TILE=tile,
             DK=padded(table.k_dim), K_DIM=table.k_dim, DV=padded(table.v_dim), V_DIM=table.v_dim,

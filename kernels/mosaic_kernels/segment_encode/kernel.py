@@ -15,6 +15,7 @@ _KIND, _PLANES = tl.constexpr(table.KIND), tl.constexpr(table.PLANES)
 _EXCEPTIONS = tl.constexpr(table.EXCEPTIONS)
 _WORDS = tl.constexpr(table.WORDS)
 _BASE, _REFINEMENT, _BITS = tl.constexpr(table.BASE), tl.constexpr(table.REFINEMENT), tl.constexpr(table.BITS)
+_LEVELS = tl.constexpr(table.LEVELS)
 _K_SCALES, _K_OFFSETS = tl.constexpr(table.K_SCALES), tl.constexpr(table.K_OFFSETS)
 _K_CODED, _V_CODED = tl.constexpr(table.K_CODED), tl.constexpr(table.V_CODED)
 _V_SCALES, _MEAN_V = tl.constexpr(table.V_SCALES), tl.constexpr(table.MEAN_V)
@@ -29,7 +30,7 @@ _SMALLEST_EXPONENT = tl.constexpr(exact.SMALLEST_EXPONENT)
 
 @triton.jit
 def encode_kernel(
-    k_rot, v_rot, data, frame_bytes, numbers, starts, scalars, k_words, v_words, v_levels, epoch, pages,
+    k_rot, v_rot, data, frame_bytes, numbers, starts, scalars, k_words, v_words, epoch, pages,
     HEADS: tl.constexpr, FORMATS: tl.constexpr, T: tl.constexpr,
     DK: tl.constexpr, K_DIM: tl.constexpr, DV: tl.constexpr, V_DIM: tl.constexpr,
 ):  # fmt: skip
@@ -51,16 +52,14 @@ def encode_kernel(
     if tl.program_id(2) == 0:
         _encode_keys(k_rot + at * K_DIM, segment, scalars + row * _SCALARS, k_words, row, T, DK, K_DIM)
     else:
-        _encode_values(v_rot + at * V_DIM, segment, scalars + row * _SCALARS, v_words, v_levels, row, T, DV, V_DIM)
+        _encode_values(v_rot + at * V_DIM, segment, scalars + row * _SCALARS, v_words, row, T, DV, V_DIM)
 
 
 @triton.jit
 def _encode_keys(source, segment, of_row, words, row, T: tl.constexpr, D: tl.constexpr, DIM: tl.constexpr):
     t, c = tl.arange(0, T)[:, None], tl.arange(0, D)[None, :]
     y = tl.load(source + t * DIM + c, mask=c < DIM, other=0)
-    bits = tl.load(words + row * (_WORDS * (D // 16)) + _BITS * (D // 16) + c // 16)
-    width = (bits & 0xFF) + (bits >> 8)
-    last = ((1 << width) - 1).to(tl.float32)
+    width, last = _widths(words, row, c // 16, D)
     # Minima and maxima pass over NaN; its channel must not come out finite.
     unknown = tl.where(tl.max((y != y).to(tl.int32), 0) > 0, float("nan"), 0.0)[None, :]
     low, high = tl.min(y, 0)[None, :] + unknown, tl.max(y, 0)[None, :] + unknown
@@ -80,13 +79,14 @@ def _encode_keys(source, segment, of_row, words, row, T: tl.constexpr, D: tl.con
 
 
 @triton.jit
-def _encode_values(source, segment, of_row, words, levels, row, T: tl.constexpr, D: tl.constexpr, DIM: tl.constexpr):
+def _encode_values(source, segment, of_row, words, row, T: tl.constexpr, D: tl.constexpr, DIM: tl.constexpr):
     t, c = tl.arange(0, T)[:, None], tl.arange(0, D)[None, :]
     y = tl.load(source + t * DIM + c, mask=c < DIM, other=0)
     coded = tl.load(of_row + _V_CODED)
     inside = c < coded
-    last = tl.load(levels + row * (D // 8) + c // 16) * 2
-    steps = tl.where(inside, tl.load(levels + row * (D // 8) + D // 16 + c // 16), 1.0)
+    _, last = _widths(words, row, c // 16, D)
+    levels = tl.load(words + (row * (D // 16) + c // 16) * _WORDS + _LEVELS)
+    steps = tl.where(inside, levels.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32), 1.0)
     # Infinite if a value is NaN, which maxima pass over.
     largest = tl.max(tl.where(inside, tl.where(y == y, tl.abs(y), float("inf")), 0.0), 1)[:, None]
     anchor = _scale_byte(tl.div_rn(largest, tl.full([T, 1], 3.0, tl.float32)), 64)
@@ -108,6 +108,14 @@ def _encode_values(source, segment, of_row, words, levels, row, T: tl.constexpr,
     means = (segment + tl.load(of_row + _MEAN_V)).to(tl.pointer_type(tl.int8))
     tl.store(means + c, units.to(tl.int8), mask=c < DIM)
     tl.store(segment + tl.load(of_row + _MEAN_SCALE) + tl.zeros([1, 1], tl.int32), mean_byte.to(tl.uint8))
+
+
+@triton.jit
+def _widths(words, row, group, D: tl.constexpr):
+    """Bits of a group's codes, and the largest of them as float32."""
+    bits = tl.load(words + (row * (D // 16) + group) * _WORDS + _BITS)
+    width = (bits & 0xFF) + (bits >> 8)
+    return width, ((1 << width) - 1).to(tl.float32)
 
 
 @triton.jit
@@ -137,14 +145,14 @@ def _scale_error(y, steps, last, inside, byte):
 def _put_planes(segment, words, row, codes, T: tl.constexpr, D: tl.constexpr):
     """Codes int32 [T, D] into the planes of every group."""
     g = tl.arange(0, D // 16)[None, :]
-    of_row = words + row * (_WORDS * (D // 16)) + g
-    bits = tl.load(of_row + _BITS * (D // 16))
+    of_group = words + (row * (D // 16) + g) * _WORDS
+    bits = tl.load(of_group + _BITS)
     base_bits, more_bits = bits & 0xFF, bits >> 8
     codes = tl.reshape(codes, [T, D // 16, 16])
     more = more_bits[:, :, None]
-    _put_plane(segment, tl.load(of_row + _BASE * (D // 16)), base_bits, codes >> more, T, D)
+    _put_plane(segment, tl.load(of_group + _BASE), base_bits, codes >> more, T, D)
     below = codes & (1 << more) - 1
-    _put_plane(segment, tl.load(of_row + _REFINEMENT * (D // 16)), more_bits, below, T, D)
+    _put_plane(segment, tl.load(of_group + _REFINEMENT), more_bits, below, T, D)
 
 
 @triton.jit

@@ -46,7 +46,7 @@ def encode_pages(
     if pages:
         encode_kernel[pages, heads, 2](
             k_rot, v_rot, data, data.stride(0), numbers, table.starts, table.scalars,
-            table.k_words, table.v_words, table.v_levels, epoch, pages,
+            table.k_words, table.v_words, epoch, pages,
             HEADS=heads, FORMATS=table.formats, T=page_size,
             DK=padded(table.k_dim), K_DIM=table.k_dim, DV=padded(table.v_dim), V_DIM=table.v_dim,
             num_warps=WARPS, enable_fp_fusion=False,

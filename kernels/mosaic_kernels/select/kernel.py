@@ -12,8 +12,9 @@ LOWEST = tl.constexpr(of_keys.LOWEST)
 
 
 @triton.jit
-def count_kernel(keys, pieces, counts, pages, HEADS: tl.constexpr, T: tl.constexpr, TILE: tl.constexpr):
-    """One program: a piece and a KV head. keys int16 [HEADS, pages, T] -> counts int32 [pieces, HEADS, KEYS]."""
+def count_kernel(keys, pieces, counts, totals, pages, HEADS: tl.constexpr, T: tl.constexpr, TILE: tl.constexpr):
+    """One program: a piece and a KV head. keys int16 [HEADS, pages, T] -> counts int32 [pieces, HEADS, KEYS], and added
+    to totals int32 [items, HEADS, KEYS]."""
     piece, head = tl.program_id(0), tl.program_id(1)
     item, first, last = load_piece(pieces, piece)
     if item < 0:
@@ -25,28 +26,26 @@ def count_kernel(keys, pieces, counts, pages, HEADS: tl.constexpr, T: tl.constex
         token = at + tl.arange(0, TILE)
         key = tl.load(mine + token, mask=token < last, other=0).to(tl.int32)
         found += tl.histogram(key, KEYS, mask=token < last)
-    tl.store(counts + (piece * HEADS + head) * KEYS + tl.arange(0, KEYS), found)
+    key = tl.arange(0, KEYS)
+    tl.store(counts + (piece * HEADS + head) * KEYS + key, found)
+    tl.atomic_add(totals + (item * HEADS + head) * KEYS + key, found, mask=found > 0, sem="relaxed")
 
 
 @triton.jit
 def threshold_kernel(
-    counts, first_piece, most, least, starts, spares, taken, top_p,
-    HEADS: tl.constexpr, PIECES: tl.constexpr, TOP_P: tl.constexpr,
-):  # fmt: skip
-    """One program: an item and a KV head.
+    counts, totals, pieces, most, least, spares, above, ties, top_p, HEADS: tl.constexpr, TOP_P: tl.constexpr
+):
+    """One program: a piece and a KV head.
 
-    least int32 [items, HEADS]; starts and spares int32 [pieces, HEADS]: how many tokens of the item the pieces before
-    take, and how many a piece takes whose key is one below `least`; taken int32 [HEADS, items].
+    least and spares int32 [pieces, HEADS], alike for all pieces of an item: the least key of which all tokens are taken,
+    and how many of the next. above and ties int32 [pieces, HEADS]: how many of both the piece has.
     """
-    item, head = tl.program_id(0), tl.program_id(1)
-    first, last = tl.load(first_piece + item), tl.load(first_piece + item + 1)
+    piece, head = tl.program_id(0), tl.program_id(1)
+    item = tl.load(pieces + piece * 3)
+    if item < 0:
+        return
     key = tl.arange(0, KEYS)
-    total = tl.zeros([PIECES, KEYS], tl.int32)
-    for at in range(first, last, PIECES):
-        piece = at + tl.arange(0, PIECES)
-        row = counts + ((piece * HEADS + head) * KEYS)[:, None]
-        total += tl.load(row + key[None, :], mask=(piece < last)[:, None], other=0)
-    total = tl.sum(total, 0)
+    total = tl.load(totals + (item * HEADS + head) * KEYS + key)
     limit = tl.load(most + item)
     at_least = tl.cumsum(total, 0, reverse=True)
     bound = tl.sum((at_least > limit).to(tl.int32))
@@ -57,36 +56,40 @@ def threshold_kernel(
         enough = tl.where(wanted > 0, tl.sum((mass >= wanted).to(tl.int32)) - 1, KEYS)
         spare = tl.where(enough >= bound, 0, spare)
         bound = tl.maximum(bound, enough)
-    tl.store(least + item * HEADS + head, bound)
-    start = 0
-    for at in range(first, last, PIECES):
-        piece = at + tl.arange(0, PIECES)
-        real = piece < last
-        mine = tl.load(counts + ((piece * HEADS + head) * KEYS)[:, None] + key[None, :], mask=real[:, None], other=0)
-        equal = tl.sum(tl.where((key == bound - 1)[None, :], mine, 0), 1)
-        # In order, as long as there is room.
-        ties = tl.minimum(tl.maximum(spare - tl.cumsum(equal, 0) + equal, 0), equal)
-        taking = tl.sum(tl.where((key >= bound)[None, :], mine, 0), 1) + ties
-        tl.store(starts + piece * HEADS + head, start + tl.cumsum(taking, 0) - taking, mask=real)
-        tl.store(spares + piece * HEADS + head, ties, mask=real)
-        start += tl.sum(taking)
-        spare -= tl.sum(ties)
-    tl.store(taken + head * tl.num_programs(0) + item, start)
+    at = piece * HEADS + head
+    mine = tl.load(counts + at * KEYS + key)
+    tl.store(least + at, bound)
+    tl.store(spares + at, spare)
+    tl.store(above + at, tl.sum(tl.where(key >= bound, mine, 0)))
+    tl.store(ties + at, tl.sum(tl.where(key == bound - 1, mine, 0)))
 
 
 @triton.jit
 def collect_kernel(
-    keys, page_lse, pieces, epochs, first_token, least, starts, spares, far_bias, tokens, far, pages, room,
+    keys, page_lse, pieces, first_piece, epochs, first_token, least, spares, above, ties, far_bias,
+    tokens, taken, far, pages, room, items,
     HEADS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, T: tl.constexpr, PAGES: tl.constexpr,
+    PIECES: tl.constexpr,
 ):  # fmt: skip
-    """One program: a piece and a KV head. tokens int32 [HEADS, room]; far float32 [HEADS, pages, GROUP]."""
+    """One program: a piece and a KV head. tokens int32 [HEADS, room]; taken int32 [HEADS, items], added to; far float32
+    [HEADS, pages, GROUP]."""
     piece, head = tl.program_id(0), tl.program_id(1)
     item, first, last = load_piece(pieces, piece)
     if item < 0:
         return
-    bound, spare = tl.load(least + item * HEADS + head), tl.load(spares + piece * HEADS + head)
+    own = piece * HEADS + head
+    bound, spare = tl.load(least + own), tl.load(spares + own)
+    # What the item's pieces before this one take. Equal keys are taken in order, as long as there is room.
+    higher, equal = tl.zeros([PIECES], tl.int32), tl.zeros([PIECES], tl.int32)
+    for at in range(tl.load(first_piece + item), piece, PIECES):
+        other = at + tl.arange(0, PIECES)
+        higher += tl.load(above + other * HEADS + head, mask=other < piece, other=0)
+        equal += tl.load(ties + other * HEADS + head, mask=other < piece, other=0)
+    used = tl.minimum(tl.sum(equal), spare)
+    begin, spare = tl.sum(higher) + used, tl.minimum(spare - used, tl.load(ties + own))
+    tl.atomic_add(taken + head * items + item, tl.load(above + own) + spare, sem="relaxed")
     bias = tl.load(far_bias + tl.load(epochs + item) * HEADS + head)
-    to = tokens + head.to(tl.int64) * room + tl.load(first_token + item) + tl.load(starts + piece * HEADS + head)
+    to = tokens + head.to(tl.int64) * room + tl.load(first_token + item) + begin
     of_head = head.to(tl.int64) * pages
     r = tl.arange(0, ROWS)[None, :]
     for at in range(first, last, PAGES):

@@ -11,7 +11,7 @@ from mosaic_kernels.segment_table import SegmentTable
 from mosaic_kernels.select.kernel import collect_kernel, count_kernel, threshold_kernel
 from mosaic_kernels.select.selection import Selected, SelectionPlan
 
-TILE, TILE_PAGES, TILE_PIECES, WARPS = 2048, 16, 16, 4
+TILE, TILE_PAGES, TILE_PIECES, WARPS = 2048, 16, 256, 4
 
 
 def select(
@@ -46,19 +46,26 @@ def select(
     def integers(*shape: int) -> torch.Tensor:
         return torch.empty(*shape, dtype=torch.int32, device=device)
 
-    selected = Selected(integers(heads, plan.room), integers(heads, items), torch.empty_like(page_lse))
+    # What programs add to.
+    totals, taken = torch.zeros(heads * items * (KEYS + 1), dtype=torch.int32, device=device).split_with_sizes(
+        [items * heads * KEYS, heads * items]
+    )
+    selected = Selected(integers(heads, plan.room), taken.view(heads, items), torch.empty_like(page_lse))
     if batch.capacity and items:
-        counts, least = integers(batch.capacity, heads, KEYS), integers(items, heads)
-        starts, spares = integers(batch.capacity, heads), integers(batch.capacity, heads)
+        counts = integers(batch.capacity, heads, KEYS)
+        least, spares, above, ties = integers(4, batch.capacity, heads)
         grid = batch.capacity, heads
-        count_kernel[grid](keys, batch.pieces, counts, pages, HEADS=heads, T=page_size, TILE=TILE, num_warps=WARPS)
-        threshold_kernel[items, heads](
-            counts, batch.first_piece, plan.most, least, starts, spares, selected.counts, top_p,
-            HEADS=heads, PIECES=TILE_PIECES, TOP_P=top_p < 1, num_warps=2 * WARPS,
+        count_kernel[grid](
+            keys, batch.pieces, counts, totals, pages, HEADS=heads, T=page_size, TILE=TILE, num_warps=WARPS
+        )
+        threshold_kernel[grid](
+            counts, totals, batch.pieces, plan.most, least, spares, above, ties, top_p,
+            HEADS=heads, TOP_P=top_p < 1, num_warps=1,
         )  # fmt: skip
         collect_kernel[grid](
-            keys, page_lse, batch.pieces, batch.epochs, plan.first, least, starts, spares, table.far_bias,
-            selected.tokens, selected.far, pages, plan.room,
-            HEADS=heads, GROUP=group, ROWS=query_rows(group), T=page_size, PAGES=TILE_PAGES, num_warps=WARPS,
+            keys, page_lse, batch.pieces, batch.first_piece, batch.epochs, plan.first, least, spares, above, ties,
+            table.far_bias, selected.tokens, taken, selected.far, pages, plan.room, items,
+            HEADS=heads, GROUP=group, ROWS=query_rows(group), T=page_size, PAGES=TILE_PAGES, PIECES=TILE_PIECES,
+            num_warps=WARPS,
         )  # fmt: skip
     return selected

@@ -41,7 +41,7 @@ def plan_selection(
     heads: int,
     programs: int,
     device: torch.device | str,
-    least_tokens: int = 256,
+    least_tokens: int = 64,
     capacity: int | None = None,
 ) -> SelectionPlan:
     """

@@ -26,7 +26,7 @@ from sglang_mosaic.cache.mixed_attention import Decode, Sequence
 from sglang_mosaic.cache.segment_tables import LayerTables, SegmentTables
 from sglang_mosaic.page import PAGE_SIZE
 
-PROGRAMS_PER_PROCESSOR = 8
+PROGRAMS_PER_PROCESSOR = 16
 """Programs that keep a multiprocessor busy."""
 
 

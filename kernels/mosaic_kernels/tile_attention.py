@@ -1,0 +1,190 @@
+"""Device code: logits of a tile of tokens, and flash-decoding's online softmax over tiles.
+
+Tokens or channels lie along the first dimension and query heads along the second: tensor cores then multiply tiles of
+tokens or channels, not of a handful of query heads. A tile is of one segment, or every token has a segment of its own:
+`segment` are [1, 1 or T] pointers, `row` and `kind` as many, `t` int32 [1, T].
+
+K and V are taken in chunks of up to four 16-channel groups, in which the tiles of a warp need few registers. What
+belongs to a token may also be given as many times as a chunk has groups, [groups, T]: then threads have it where they
+unpack the token, and nothing passes between them. Rare kinds of segments need [1, ..].
+"""
+
+import triton
+import triton.language as tl
+
+from mosaic_kernels.load_segment import (
+    INVALID,
+    TOPK,
+    exception_key,
+    exception_token,
+    exception_value,
+    exceptions,
+    key_channels,
+    mean_values,
+    plane_keys,
+    plane_values,
+    topk_codes,
+    value_channels,
+    value_scales,
+)
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def load_queries(
+    q, r, factor, channels, CHUNK: tl.constexpr, GROUPS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr
+):
+    """Queries of a chunk of channels times a factor, float16 [GROUPS * 16, R] in the order of `key_channels`.
+
+    q: pointer to float32 [GROUP, DIM]; channels from `channels` on and rows beyond GROUP are 0.
+    """
+    c = key_channels(CHUNK, GROUPS)[:, None]
+    found = tl.load(q + r[None, :] * DIM + c, mask=(r < GROUP)[None, :] & (c < channels), other=0)
+    return (found * factor).to(tl.float16)
+
+
+@triton.jit
+def tile_logits(
+    q, q0, q1, q2, q3, r, factor, start, segment, scalars, words, row, kind, t, channels,
+    D: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr,
+    REFINED: tl.constexpr, ANY_TOPK: tl.constexpr, ANY_EXCEPTIONS: tl.constexpr,
+):  # fmt: skip
+    """Logits of queries against tokens, plus `start` [1, R]: float32 [T, R]; NaN where a segment was never encoded.
+
+    q0 .. q3 are `load_queries` of as many chunks as D has.
+    """
+    GROUPS: tl.constexpr = min(D // 16, 4)
+    logits = tl.broadcast_to(start, [t.shape[1], start.shape[1]])
+    keys = plane_keys(segment, scalars, words, row, t, channels, 0, GROUPS, REFINED, WIDTH)
+    logits = tl.dot(keys, q0, logits)
+    if D > 64:
+        keys = plane_keys(segment, scalars, words, row, t, channels, 1, GROUPS, REFINED, WIDTH)
+        logits = tl.dot(keys, q1, logits)
+    if D > 128:
+        keys = plane_keys(segment, scalars, words, row, t, channels, 2, GROUPS, REFINED, WIDTH)
+        logits = tl.dot(keys, q2, logits)
+        keys = plane_keys(segment, scalars, words, row, t, channels, 3, GROUPS, REFINED, WIDTH)
+        logits = tl.dot(keys, q3, logits)
+    if ANY_TOPK or ANY_EXCEPTIONS:
+        c = tl.arange(0, D)[:, None]
+        plain = tl.load(q + r[None, :] * DIM + c, mask=(r < GROUP)[None, :] & (c < channels), other=0) * factor
+    if ANY_TOPK:
+        sparse = kind == TOPK
+        if any_of(sparse):
+            codes, token_scale = topk_codes(segment, scalars, row, t, channels, 0, D, DIM)
+            found = tl.dot(tl.trans(codes), plain.to(tl.float16)) * tl.trans(token_scale)
+            logits = tl.where(tl.trans(sparse), found + start, logits)
+    if ANY_EXCEPTIONS:
+        kept = exceptions(scalars, row, kind)
+        for e in range(tl.max(kept)):
+            here = (e < kept) & (t == exception_token(segment, scalars, row, e))
+            exact = tl.where(here, exception_key(segment, scalars, row, e, channels, D, DIM), 0.0)
+            found = tl.dot(tl.trans(exact), plain, input_precision="ieee")
+            logits = tl.where(tl.trans(here), found + start, logits)
+    return tl.where(of_tokens(kind) == INVALID, float("nan"), logits)
+
+
+@triton.jit
+def attend_tile(
+    top, total, s0, s1, s2, s3, rare, logits, segment, scalars, words, row, kind, t,
+    D: tl.constexpr, DIM: tl.constexpr, ANY_TOPK: tl.constexpr, ANY_EXCEPTIONS: tl.constexpr,
+):  # fmt: skip
+    """Adds tokens of logits [T, R], base 2, -inf for those that do not count, to a softmax.
+
+    It has a maximum [R], sums of weights [T, R], and sums of values [up to 64 channels, R] in as many chunks as D has;
+    what segments of rare kinds give is summed in `rare` [D, R].
+    """
+    top, total, weights, decay = weigh(top, total, logits)
+    if ANY_TOPK:
+        rare = rare * decay
+        sparse = kind == TOPK
+        if any_of(sparse):
+            codes, token_scale = topk_codes(segment, scalars, row, t, DIM, 1, D, DIM)
+            rare += tl.dot(codes, scaled_weights(tl.where(tl.trans(sparse), weights, 0.0), token_scale))
+            weights = tl.where(tl.trans(sparse), 0.0, weights)
+    if ANY_EXCEPTIONS:
+        rare = rare * (1.0 if ANY_TOPK else decay)
+        kept = exceptions(scalars, row, kind)
+        for e in range(tl.max(kept)):
+            here = (e < kept) & (t == exception_token(segment, scalars, row, e))
+            exact = tl.where(here, exception_value(segment, scalars, row, e, D, DIM), 0.0)
+            rare += tl.dot(exact, tl.where(tl.trans(here), weights, 0.0), input_precision="ieee")
+            weights = tl.where(tl.trans(here), 0.0, weights)
+    scaled = scaled_weights(weights, value_scales(segment, scalars, row, t))
+    s0 = _add_chunk(s0 * decay, scaled, weights, segment, scalars, words, row, t, 0, D, DIM)
+    if D > 64:
+        s1 = _add_chunk(s1 * decay, scaled, weights, segment, scalars, words, row, t, 1, D, DIM)
+    if D > 128:
+        s2 = _add_chunk(s2 * decay, scaled, weights, segment, scalars, words, row, t, 2, D, DIM)
+        s3 = _add_chunk(s3 * decay, scaled, weights, segment, scalars, words, row, t, 3, D, DIM)
+    return top, total, s0, s1, s2, s3, rare
+
+
+@triton.jit
+def weigh(top, total, logits):
+    """The maximum with logits [T, R] and the sums with their weights; those, and the factor [1, R] of earlier sums."""
+    new_top = tl.maximum(top, tl.max(logits, 0))
+    shift = tl.where(new_top == float("-inf"), 0.0, new_top)
+    weights = tl.exp2(logits - shift[None, :])
+    decay = tl.exp2(top - shift)[None, :]
+    return new_top, total * decay + weights, weights, decay
+
+
+@triton.jit
+def store_softmax(
+    out, lse, r, top, total, s0, s1, s2, s3, rare,
+    GROUP: tl.constexpr, D: tl.constexpr, DIM: tl.constexpr, RARE: tl.constexpr,
+):  # fmt: skip
+    """Output [GROUP, DIM] and natural log-sum-exp [GROUP] of a softmax; of one over nothing 0 and -inf."""
+    total = tl.sum(total, 0)
+    if D <= 64:
+        summed = s0
+    elif D <= 128:
+        summed = tl.reshape(tl.permute(tl.join(s0, s1), 2, 0, 1), [D, s0.shape[1]])
+    else:
+        # [64, R, chunk % 2, chunk / 2]
+        joined = tl.join(tl.join(s0, s1), tl.join(s2, s3))
+        summed = tl.reshape(tl.permute(joined, 3, 2, 0, 1), [D, s0.shape[1]])
+    if RARE:
+        summed += rare
+    summed = tl.where((total > 0)[None, :], summed / total[None, :], summed)
+    c = tl.arange(0, D)[:, None]
+    tl.store(out + r[None, :] * DIM + c, summed, (r < GROUP)[None, :] & (c < DIM))
+    tl.store(lse + r, (top + tl.log2(total)) / LOG2_E, r < GROUP)
+
+
+@triton.jit
+def scaled_weights(weights, scale):
+    """Weights [T, R] times a scale of each token: float16; what has no weight may have any scale."""
+    return tl.where(weights == 0, 0.0, weights * of_tokens(scale)).to(tl.float16)
+
+
+@triton.jit
+def of_tokens(x):
+    """[1 or groups, 1 or T], all rows alike -> [1 or T, 1]."""
+    return tl.trans(x) if x.shape[0] == 1 else tl.max(x, 0)[:, None]
+
+
+@triton.jit
+def any_of(x):
+    """Whether any of a tensor is true."""
+    return tl.max(x.to(tl.int32)) > 0
+
+
+@triton.jit
+def _add_chunk(
+    summed, scaled, weights, segment, scalars, words, row, t,
+    CHUNK: tl.constexpr, D: tl.constexpr, DIM: tl.constexpr,
+):  # fmt: skip
+    GROUPS: tl.constexpr = min(D // 16, 4)
+    summed = tl.dot(plane_values(segment, words, row, t, CHUNK, GROUPS, DIM, D), scaled, summed)
+    coded = tl.trans(of_tokens(value_channels(scalars, row)))
+    if tl.min(coded) < DIM:
+        units, scale = mean_values(segment, scalars, row, CHUNK, GROUPS, DIM)
+        units = tl.where(CHUNK * GROUPS * 16 + tl.arange(0, GROUPS * 16)[:, None] < coded, 0.0, units).to(tl.float16)
+        if units.shape[1] == 1:
+            summed += units.to(tl.float32) * (tl.sum(weights, 0)[None, :] * scale)
+        else:
+            summed = tl.dot(units, scaled_weights(weights, scale), summed)
+    return summed
