@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import torch
 
-from mosaic_kernels.page_batch import Item, PageBatch, plan
+from mosaic_kernels.page_batch import LEAST_PAGES, LEAST_SCANNED, Item, PageBatch, plan
 from mosaic_kernels.scan.keys import keys_of
 from mosaic_kernels.segment import GROUP, SegmentFormat
 from mosaic_kernels.segment_encode.reference import pack
@@ -75,7 +75,7 @@ class Split(NamedTuple):
 
     programs: int
     token_programs: int
-    least_pages: int = 4
+    least_pages: int = LEAST_SCANNED
     least_tokens: int = 64
 
 
@@ -106,6 +106,8 @@ class Case:
     lengths: tuple[int, ...]
     """Pages of each item, known on the host: calls are captured as CUDA graphs and must not ask the device."""
     batch: PageBatch
+    whole: PageBatch
+    """The same, cut for reading everything."""
     plan: SelectionPlan
     q: torch.Tensor
     """float32 [I, H, group, D]."""
@@ -213,6 +215,7 @@ def make_case(
         pool=pool,
         lengths=tuple(len(item.frames) for item in items),
         batch=batch,
+        whole=plan(items, len(lengths), dims.heads, split.programs, device, min(split.least_pages, LEAST_PAGES)),
         plan=room,
         q=normal(len(items), dims.heads, dims.group, dims.dim),
         dense_out=normal(len(lengths), query_heads, dims.dim).to(dtype),

@@ -63,7 +63,7 @@ class Kernel(NamedTuple):
 
     function: Any
     launch: Any
-    """The module that launches it: WARPS and, if it has them, STAGES and REGISTERS."""
+    """The module that launches it: WARPS and, if it has it, STAGES."""
     tiles: tuple[tuple[str, int], ...] = ()
 
 
@@ -75,9 +75,7 @@ KERNELS = {
     "scan": Kernel(scan_kernel, scan),
     "select: count": Kernel(count_kernel, select, (("TILE", select.TILE),)),
     "select: threshold": Kernel(threshold_kernel, select),
-    "select: collect": Kernel(
-        collect_kernel, select, (("PAGES", select.TILE_PAGES), ("PIECES", select.TILE_PIECES))
-    ),
+    "select: collect": Kernel(collect_kernel, select, (("PAGES", select.TILE_PAGES), ("PIECES", select.TILE_PIECES))),
     "attend_selected": Kernel(attend_selected_kernel, attend_selected, (("TILE", attend_selected.TILE),)),
     "far_field": Kernel(far_field_kernel, far_field, (("PAGES", far_field.TILE_PAGES),)),
     "combine": Kernel(combine_kernel, combine, (("PIECES", combine.PIECES), WIDE)),
@@ -113,8 +111,6 @@ def compile_kernel(kernel: Kernel, head_dim: int, group: int, arch: int) -> dict
     options = {"num_warps": kernel.launch.WARPS, "enable_fp_fusion": kernel.launch is not segment_encode}
     if hasattr(kernel.launch, "STAGES"):
         options["num_stages"] = kernel.launch.STAGES
-    if getattr(kernel.launch, "REGISTERS", None):
-        options["maxnreg"] = kernel.launch.REGISTERS
     source = ASTSource(fn=kernel.function, signature=signature, constexprs=constants, attrs=aligned)
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:

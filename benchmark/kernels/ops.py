@@ -68,7 +68,7 @@ def _encode(case: Case) -> torch.Tensor:
 
 
 def _attend_pages(case: Case) -> tuple[torch.Tensor, torch.Tensor]:
-    return attend_pages(case.q, case.pool.data, case.batch, case.pool.table, case.scale)
+    return attend_pages(case.q, case.pool.data, case.whole, case.pool.table, case.scale)
 
 
 def _scan(case: Case) -> tuple[torch.Tensor, torch.Tensor]:
@@ -104,7 +104,7 @@ def _given(case: Case) -> tuple[Part, Part]:
 
 
 def _full(case: Case) -> torch.Tensor:
-    return _combine(case, _of_pages(case, _attend_pages(case)))
+    return _combine(case, (*_attend_pages(case), case.whole.first_piece))
 
 
 def _reuse(case: Case, selected: Selected) -> torch.Tensor:
@@ -128,7 +128,7 @@ def _encode_gate(case: Case, _: expected.Decoded) -> float:
 
 
 def _attend_pages_gate(case: Case, pages: expected.Decoded) -> float:
-    wanted = attend_reference.attend_pages(case.q, pages.keys, pages.values, case.batch, case.scale)
+    wanted = attend_reference.attend_pages(case.q, pages.keys, pages.values, case.whole, case.scale)
     return _error(_attend_pages(case), wanted, LOGITS)
 
 

@@ -32,7 +32,7 @@ def decode_bytes(case: Case) -> int:
 
 def attend_pages_bytes(case: Case) -> int:
     """All bytes of all segments, the queries and the results of the pieces."""
-    return _of_segments(case, lambda fmt: fmt.segment_bytes) + _sizes(case.q) + _results(case, len(case.batch.pieces))
+    return _of_segments(case, lambda fmt: fmt.segment_bytes) + _sizes(case.q) + _results(case, len(case.whole.pieces))
 
 
 def scan_bytes(case: Case) -> int:
@@ -95,7 +95,7 @@ def combine_bytes(parts: int) -> Callable[[Case], int]:
     """Results of the pieces of 1 (all pages) or 2 parts (selected tokens, far field), dense results and basis."""
 
     def count(case: Case) -> int:
-        pieces = len(case.batch.pieces) + (len(case.plan.pieces) if parts == 2 else 0)
+        pieces = len(case.batch.pieces) + len(case.plan.pieces) if parts == 2 else len(case.whole.pieces)
         return _results(case, pieces) + _sizes(case.dense_out, case.dense_out, case.dense_lse, case.unrotate)
 
     return count

@@ -13,5 +13,11 @@ def load_piece(pieces, piece):
 
 @triton.jit
 def find_segment(data, frame_bytes, frames, page):
-    """Where a page's frame lies, [1, 1] pointers. data: pointer to the pool's first frame, or as far into it."""
-    return data + tl.load(frames + page + tl.zeros([1, 1], tl.int32)).to(tl.int64) * frame_bytes
+    """Where a page's frame lies. data: pointer to the pool's first frame, or as far into it."""
+    return data + tl.load(frames + page).to(tl.int64) * frame_bytes
+
+
+@triton.jit
+def of_one(x):
+    """A scalar as [1, 1]."""
+    return x + tl.zeros([1, 1], tl.int32)

@@ -52,33 +52,44 @@ def find_row(number, scalars, first_row, FORMATS: tl.constexpr):
 
 
 @triton.jit
-def plane_keys(
+def fetch_keys(
     segment, scalars, words, row, t, channels,
     CHUNK: tl.constexpr, GROUPS: tl.constexpr, REFINED: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """GROUPS groups of K of planes from group CHUNK * GROUPS on: float16 [T, GROUPS * 16], channels as `key_channels`.
+    """What `plane_keys` unpacks: GROUPS groups of K of planes from group CHUNK * GROUPS on, as they lie in memory.
 
-    Tokens come first, unlike in other tiles. The first `channels` of K, the others 0. WIDTH is K's dimension filled up
-    to a power of two. Without refinement, a code is the middle of those that share its base.
+    Loads that wait for nothing but tables: early ones overlap with what comes between.
     """
     group = CHUNK * GROUPS + tl.arange(0, GROUPS)[:, None]
     _, _, scales_at, offsets_at = load_four(scalars + row * _SCALARS + _K)
-    q0, q1, q2, q3, more, bits, _ = _plane_quads(segment, words, row, t, group, channels, REFINED, WIDTH)
+    rows = _fetch_rows(segment, words, row, t, group, channels, REFINED, WIDTH)
     shape: tl.constexpr = [GROUPS, t.shape[1]]
     scales = tl.broadcast_to((segment + scales_at).to(tl.pointer_type(tl.uint64)) + group * 4, shape)
     offsets = tl.broadcast_to((segment + offsets_at).to(tl.pointer_type(tl.uint64)) + group * 4, shape)
-    has_codes, has_offset = bits > 0, group * 16 < channels
+    has_codes, has_offset = rows[4] & 0xFF > 0, group * 16 < channels
     scale0, scale1 = load_two(scales, has_codes)
     scale2, scale3 = load_two(scales + 2, has_codes)
     offset0, offset1 = load_two(offsets, has_offset)
     offset2, offset3 = load_two(offsets + 2, has_offset)
-    u0 = unpack_affine(q0, more, scale0, offset0)
-    u1 = unpack_affine(q1, more, scale1, offset1)
-    u2 = unpack_affine(q2, more, scale2, offset2)
-    u3 = unpack_affine(q3, more, scale3, offset3)
+    return rows, (scale0, scale1, scale2, scale3), (offset0, offset1, offset2, offset3)
+
+
+@triton.jit
+def plane_keys(fetched, GROUPS: tl.constexpr, REFINED: tl.constexpr):
+    """K of `fetch_keys`: float16 [T, GROUPS * 16], channels as `key_channels`; from `channels` on 0.
+
+    Tokens come first, unlike in other tiles. WIDTH is K's dimension filled up to a power of two. Without refinement, a
+    code is the middle of those that share its base.
+    """
+    rows, scales, offsets = fetched
+    q0, q1, q2, q3, more = _plane_quads(rows, REFINED)
+    u0 = unpack_affine(q0, more, scales[0], offsets[0])
+    u1 = unpack_affine(q1, more, scales[1], offsets[1])
+    u2 = unpack_affine(q2, more, scales[2], offsets[2])
+    u3 = unpack_affine(q3, more, scales[3], offsets[3])
     # [groups, T, channel / 2 % 2, channel % 2, quad / 2, quad % 2]
     joined = tl.join(tl.join(u0, u2), tl.join(u1, u3))
-    return tl.reshape(tl.permute(joined, 1, 4, 5, 0, 2, 3), [t.shape[1], GROUPS * 16])
+    return tl.reshape(tl.permute(joined, 1, 4, 5, 0, 2, 3), [q0.shape[1], GROUPS * 16])
 
 
 @triton.jit
@@ -93,13 +104,20 @@ def key_channels(CHUNK: tl.constexpr, GROUPS: tl.constexpr):
 
 
 @triton.jit
-def plane_values(
+def fetch_values(
     segment, words, row, t, CHUNK: tl.constexpr, GROUPS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr
 ):
-    """GROUPS groups of V of planes from group CHUNK * GROUPS on, in scales of the token (`value_scales`): float16
-    [GROUPS * 16, T], exact; channels without codes 0 (`mean_values`)."""
+    """What `plane_values` unpacks: GROUPS groups of V of planes from group CHUNK * GROUPS on."""
     group = CHUNK * GROUPS + tl.arange(0, GROUPS)[:, None]
-    q0, q1, q2, q3, more, _, levels = _plane_quads(segment, words, row, t, group, DIM, True, WIDTH)
+    return _fetch_rows(segment, words, row, t, group, DIM, True, WIDTH)
+
+
+@triton.jit
+def plane_values(fetched, GROUPS: tl.constexpr):
+    """V of `fetch_values`, in scales of the token (`value_scales`): float16 [GROUPS * 16, T], exact; channels without
+    codes 0 (`mean_values`)."""
+    levels = fetched[5]
+    q0, q1, q2, q3, more = _plane_quads(fetched, True)
     factors, terms = four(levels.to(tl.uint16)), four((levels >> 16).to(tl.uint16))
     return _tile(
         unpack_affine(q0, more, factors, terms),
@@ -154,7 +172,7 @@ def key_codes(segment, scalars, words, row, t, D: tl.constexpr, DIM: tl.constexp
     scales = (segment + scales_at).to(tl.pointer_type(tl.float16))
     offsets = (segment + offsets_at).to(tl.pointer_type(tl.float16))
     group = tl.arange(0, D // 16)[:, None]
-    q0, q1, q2, q3, more, _, _ = _plane_quads(segment, words, row, t, group, DIM, True, D)
+    q0, q1, q2, q3, more = _plane_quads(_fetch_rows(segment, words, row, t, group, DIM, True, D), True)
     codes = _tile(unpack_bytes(q0, more), unpack_bytes(q1, more), unpack_bytes(q2, more), unpack_bytes(q3, more), D)
     scale = tl.load(scales + c, mask=c < coded, other=0).to(tl.float32)
     return codes, scale, tl.load(offsets + c, mask=c < DIM, other=0).to(tl.float32)
@@ -205,27 +223,35 @@ def exception_value(segment, scalars, row, e, D: tl.constexpr, DIM: tl.constexpr
 
 
 @triton.jit
-def _plane_quads(segment, words, row, t, group, channels, REFINED: tl.constexpr, WIDTH: tl.constexpr):
-    """Codes of the channels 0..3, 4..7, 8..11 and 12..15 of groups [G, 1], uint32 [G, T] of four bytes each.
-
-    And [G, 1 or T] what to add to a code, float32; bits of the base, 0 from `channels` on; and V's levels.
-    """
+def _fetch_rows(segment, words, row, t, group, channels, REFINED: tl.constexpr, WIDTH: tl.constexpr):
+    """Words of groups [G, 1]: first and second of the base and of the refinement uint32 [G, T], bits (0 from `channels`
+    on) and V's levels int32 [G, 1 or T]."""
     at = words + (row * (WIDTH // 16) + group) * _WORDS
     base, refinement, bits, levels = load_four(tl.broadcast_to(at, [group.shape[0], t.shape[1]]))
     bits = tl.where(group * 16 < channels, bits, 0)
+    low, high = _row_words(segment, base, bits & 0xFF, t)
+    if REFINED:
+        more_low, more_high = _row_words(segment, refinement, bits >> 8, t)
+        return low, high, more_low, more_high, bits, levels
+    else:
+        return low, high, low, high, bits, levels
+
+
+@triton.jit
+def _plane_quads(rows, REFINED: tl.constexpr):
+    """Codes of the channels 0..3, 4..7, 8..11 and 12..15 of groups, uint32 [G, T] of four bytes each; and what to add
+    to a code, float32 [G, 1 or T]."""
+    low, high, more_low, more_high, bits, _ = rows
     base_bits, more_bits = bits & 0xFF, bits >> 8
-    low, high = _row_words(segment, base, base_bits, t)
     # Bases are put above the place of their refinement.
     q0, q1 = _quad(low, high, base_bits, 0, more_bits), _quad(low, high, base_bits, 1, more_bits)
     q2, q3 = _quad(low, high, base_bits, 2, more_bits), _quad(low, high, base_bits, 3, more_bits)
     if REFINED:
-        low, high = _row_words(segment, refinement, more_bits, t)
-        q0, q1 = q0 | _quad(low, high, more_bits, 0, 0), q1 | _quad(low, high, more_bits, 1, 0)
-        q2, q3 = q2 | _quad(low, high, more_bits, 2, 0), q3 | _quad(low, high, more_bits, 3, 0)
-        return q0, q1, q2, q3, tl.full(bits.shape, 0.0, tl.float32), base_bits, levels
+        q0, q1 = q0 | _quad(more_low, more_high, more_bits, 0, 0), q1 | _quad(more_low, more_high, more_bits, 1, 0)
+        q2, q3 = q2 | _quad(more_low, more_high, more_bits, 2, 0), q3 | _quad(more_low, more_high, more_bits, 3, 0)
+        return q0, q1, q2, q3, tl.full(bits.shape, 0.0, tl.float32)
     else:
-        cells = (1 << more_bits).to(tl.float32)
-        return q0, q1, q2, q3, (cells - 1) * 0.5, base_bits, levels
+        return q0, q1, q2, q3, ((1 << more_bits).to(tl.float32) - 1) * 0.5
 
 
 @triton.jit

@@ -20,6 +20,11 @@ ITEM, FIRST, LAST = 0, 1, 2
 """Columns of `pieces`."""
 
 
+LEAST_PAGES, LEAST_SCANNED = 4, 16
+"""Of a piece, for which its fixed costs are small: where all is read; where tokens are selected, which costs more per
+piece and less per page."""
+
+
 class Item(NamedTuple):
     """Pages of one request that share an epoch."""
 
@@ -91,7 +96,7 @@ def plan(
     heads: int,
     programs: int,
     device: torch.device | str,
-    least_pages: int = 4,
+    least_pages: int = LEAST_PAGES,
     capacity: int | None = None,
 ) -> PageBatch:
     """Cut the pages of a batch into pieces.

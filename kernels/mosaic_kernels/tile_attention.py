@@ -19,6 +19,8 @@ from mosaic_kernels.load_segment import (
     exception_token,
     exception_value,
     exceptions,
+    fetch_keys,
+    fetch_values,
     key_channels,
     mean_values,
     plane_keys,
@@ -45,27 +47,57 @@ def load_queries(
 
 
 @triton.jit
+def fetch_tile(
+    segment, scalars, k_words, v_words, row, t,
+    DK: tl.constexpr, K_DIM: tl.constexpr, DV: tl.constexpr, V_DIM: tl.constexpr,
+):  # fmt: skip
+    """All planes of the tokens, packed: of every chunk of K (`tile_logits`) and of V (`attend_tile`)."""
+    k = fetch_key_tile(segment, scalars, k_words, row, t, K_DIM, DK, True, DK)
+    GROUPS: tl.constexpr = min(DV // 16, 4)
+    v0 = fetch_values(segment, v_words, row, t, 0, GROUPS, V_DIM, DV)
+    v1, v2, v3 = v0, v0, v0
+    if DV > 64:
+        v1 = fetch_values(segment, v_words, row, t, 1, GROUPS, V_DIM, DV)
+    if DV > 128:
+        v2 = fetch_values(segment, v_words, row, t, 2, GROUPS, V_DIM, DV)
+        v3 = fetch_values(segment, v_words, row, t, 3, GROUPS, V_DIM, DV)
+    return k, (v0, v1, v2, v3), value_scales(segment, scalars, row, t)
+
+
+@triton.jit
+def fetch_key_tile(
+    segment, scalars, words, row, t, channels, D: tl.constexpr, REFINED: tl.constexpr, WIDTH: tl.constexpr
+):
+    """The first `channels` of K of the tokens, packed, of every chunk of D."""
+    GROUPS: tl.constexpr = min(D // 16, 4)
+    k0 = fetch_keys(segment, scalars, words, row, t, channels, 0, GROUPS, REFINED, WIDTH)
+    k1, k2, k3 = k0, k0, k0
+    if D > 64:
+        k1 = fetch_keys(segment, scalars, words, row, t, channels, 1, GROUPS, REFINED, WIDTH)
+    if D > 128:
+        k2 = fetch_keys(segment, scalars, words, row, t, channels, 2, GROUPS, REFINED, WIDTH)
+        k3 = fetch_keys(segment, scalars, words, row, t, channels, 3, GROUPS, REFINED, WIDTH)
+    return k0, k1, k2, k3
+
+
+@triton.jit
 def tile_logits(
-    q, q0, q1, q2, q3, r, factor, start, segment, scalars, words, row, kind, t, channels,
-    D: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr,
+    k, q, q0, q1, q2, q3, r, factor, start, segment, scalars, row, kind, t, channels,
+    D: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr,
     REFINED: tl.constexpr, ANY_TOPK: tl.constexpr, ANY_EXCEPTIONS: tl.constexpr,
 ):  # fmt: skip
     """Logits of queries against tokens, plus `start` [1, R]: float32 [T, R]; NaN where a segment was never encoded.
 
-    q0 .. q3 are `load_queries` of as many chunks as D has.
+    k: as of `fetch_key_tile`; q0 .. q3 are `load_queries` of as many chunks as D has.
     """
     GROUPS: tl.constexpr = min(D // 16, 4)
     logits = tl.broadcast_to(start, [t.shape[1], start.shape[1]])
-    keys = plane_keys(segment, scalars, words, row, t, channels, 0, GROUPS, REFINED, WIDTH)
-    logits = tl.dot(keys, q0, logits)
+    logits = tl.dot(plane_keys(k[0], GROUPS, REFINED), q0, logits)
     if D > 64:
-        keys = plane_keys(segment, scalars, words, row, t, channels, 1, GROUPS, REFINED, WIDTH)
-        logits = tl.dot(keys, q1, logits)
+        logits = tl.dot(plane_keys(k[1], GROUPS, REFINED), q1, logits)
     if D > 128:
-        keys = plane_keys(segment, scalars, words, row, t, channels, 2, GROUPS, REFINED, WIDTH)
-        logits = tl.dot(keys, q2, logits)
-        keys = plane_keys(segment, scalars, words, row, t, channels, 3, GROUPS, REFINED, WIDTH)
-        logits = tl.dot(keys, q3, logits)
+        logits = tl.dot(plane_keys(k[2], GROUPS, REFINED), q2, logits)
+        logits = tl.dot(plane_keys(k[3], GROUPS, REFINED), q3, logits)
     if ANY_TOPK or ANY_EXCEPTIONS:
         c = tl.arange(0, D)[:, None]
         plain = tl.load(q + r[None, :] * DIM + c, mask=(r < GROUP)[None, :] & (c < channels), other=0) * factor
@@ -87,13 +119,13 @@ def tile_logits(
 
 @triton.jit
 def attend_tile(
-    top, total, s0, s1, s2, s3, rare, logits, segment, scalars, words, row, kind, t,
+    v, token_scales, top, total, s0, s1, s2, s3, rare, logits, segment, scalars, row, kind, t,
     D: tl.constexpr, DIM: tl.constexpr, ANY_TOPK: tl.constexpr, ANY_EXCEPTIONS: tl.constexpr,
 ):  # fmt: skip
     """Adds tokens of logits [T, R], base 2, -inf for those that do not count, to a softmax.
 
-    It has a maximum [R], sums of weights [T, R], and sums of values [up to 64 channels, R] in as many chunks as D has;
-    what segments of rare kinds give is summed in `rare` [D, R].
+    v, token_scales: as of `fetch_tile`. The softmax has a maximum [R], sums of weights [T, R], and sums of values [up
+    to 64 channels, R] in as many chunks as D has; what segments of rare kinds give is summed in `rare` [D, R].
     """
     top, total, weights, decay = weigh(top, total, logits)
     if ANY_TOPK:
@@ -111,13 +143,13 @@ def attend_tile(
             exact = tl.where(here, exception_value(segment, scalars, row, e, D, DIM), 0.0)
             rare += tl.dot(exact, tl.where(tl.trans(here), weights, 0.0), input_precision="ieee")
             weights = tl.where(tl.trans(here), 0.0, weights)
-    scaled = scaled_weights(weights, value_scales(segment, scalars, row, t))
-    s0 = _add_chunk(s0 * decay, scaled, weights, segment, scalars, words, row, t, 0, D, DIM)
+    scaled = scaled_weights(weights, token_scales)
+    s0 = _add_chunk(s0 * decay, v[0], scaled, weights, segment, scalars, row, 0, D, DIM)
     if D > 64:
-        s1 = _add_chunk(s1 * decay, scaled, weights, segment, scalars, words, row, t, 1, D, DIM)
+        s1 = _add_chunk(s1 * decay, v[1], scaled, weights, segment, scalars, row, 1, D, DIM)
     if D > 128:
-        s2 = _add_chunk(s2 * decay, scaled, weights, segment, scalars, words, row, t, 2, D, DIM)
-        s3 = _add_chunk(s3 * decay, scaled, weights, segment, scalars, words, row, t, 3, D, DIM)
+        s2 = _add_chunk(s2 * decay, v[2], scaled, weights, segment, scalars, row, 2, D, DIM)
+        s3 = _add_chunk(s3 * decay, v[3], scaled, weights, segment, scalars, row, 3, D, DIM)
     return top, total, s0, s1, s2, s3, rare
 
 
@@ -174,11 +206,10 @@ def any_of(x):
 
 @triton.jit
 def _add_chunk(
-    summed, scaled, weights, segment, scalars, words, row, t,
-    CHUNK: tl.constexpr, D: tl.constexpr, DIM: tl.constexpr,
-):  # fmt: skip
+    summed, fetched, scaled, weights, segment, scalars, row, CHUNK: tl.constexpr, D: tl.constexpr, DIM: tl.constexpr
+):
     GROUPS: tl.constexpr = min(D // 16, 4)
-    summed = tl.dot(plane_values(segment, words, row, t, CHUNK, GROUPS, DIM, D), scaled, summed)
+    summed = tl.dot(plane_values(fetched, GROUPS), scaled, summed)
     coded = tl.trans(of_tokens(value_channels(scalars, row)))
     if tl.min(coded) < DIM:
         units, scale = mean_values(segment, scalars, row, CHUNK, GROUPS, DIM)

@@ -3,9 +3,9 @@
 import triton
 import triton.language as tl
 
-from mosaic_kernels.load_piece import find_segment, load_piece
+from mosaic_kernels.load_piece import find_segment, load_piece, of_one
 from mosaic_kernels.load_segment import find_row, load_number
-from mosaic_kernels.tile_attention import LOG2_E, attend_tile, load_queries, store_softmax, tile_logits
+from mosaic_kernels.tile_attention import LOG2_E, attend_tile, fetch_tile, load_queries, store_softmax, tile_logits
 
 
 @triton.jit
@@ -47,14 +47,15 @@ def attend_pages_kernel(
     for at in range(first * TILES, last * TILES):
         next_number = load_number(next_segment)
         after = find_segment(data, frame_bytes, frames, tl.minimum(at + 2, last * TILES - 1) // TILES)
-        row, kind = find_row(number, scalars, of_head * FORMATS, FORMATS)
+        row, kind = find_row(of_one(number), scalars, of_head * FORMATS, FORMATS)
         t = at % TILES * TILE + token
+        k, v, token_scales = fetch_tile(of_one(segment), scalars, k_words, v_words, row, t, DK, K_DIM, DV, V_DIM)
         logits = tile_logits(
-            q, q0, q1, q2, q3, r, factor, nothing, segment, scalars, k_words, row, kind, t, K_DIM,
-            DK, GROUP, K_DIM, DK, True, ANY_TOPK, ANY_EXCEPTIONS,
+            k, q, q0, q1, q2, q3, r, factor, nothing, of_one(segment), scalars, row, kind, t, K_DIM,
+            DK, GROUP, K_DIM, True, ANY_TOPK, ANY_EXCEPTIONS,
         )  # fmt: skip
         top, total, s0, s1, s2, s3, rare = attend_tile(
-            top, total, s0, s1, s2, s3, rare, logits, segment, scalars, v_words, row, kind, t,
+            v, token_scales, top, total, s0, s1, s2, s3, rare, logits, of_one(segment), scalars, row, kind, t,
             DV, V_DIM, ANY_TOPK, ANY_EXCEPTIONS,
         )  # fmt: skip
         segment, next_segment, number = next_segment, after, next_number

@@ -9,7 +9,7 @@ from mosaic_kernels.page_batch import PageBatch
 from mosaic_kernels.segment_table import MOST_GROUP, SegmentTable, check_frames, padded
 
 # The fewest instructions per page: what one warp unpacks of K is where its tensor core wants it (docs/kernels.md).
-TILE, WARPS, STAGES, REGISTERS = 32, 1, 1, 144
+TILE, WARPS, STAGES = 32, 1, 1
 
 
 def query_rows(group: int) -> int:
@@ -48,7 +48,7 @@ def attend_pages(
             HEADS=table.heads, GROUP=group, ROWS=query_rows(group), FORMATS=table.formats, T=table.page_size,
             TILE=min(TILE, table.page_size),
             DK=padded(table.k_dim), K_DIM=table.k_dim, DV=padded(table.v_dim), V_DIM=table.v_dim,
-            ANY_TOPK=table.any_topk, ANY_EXCEPTIONS=table.any_exceptions, num_warps=WARPS, num_stages=STAGES, maxnreg=REGISTERS,
+            ANY_TOPK=table.any_topk, ANY_EXCEPTIONS=table.any_exceptions, num_warps=WARPS, num_stages=STAGES,
         )  # fmt: skip
     return out, lse
 

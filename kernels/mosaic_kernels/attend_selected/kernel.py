@@ -5,7 +5,15 @@ import triton.language as tl
 
 from mosaic_kernels.load_piece import load_piece
 from mosaic_kernels.load_segment import find_row, load_number
-from mosaic_kernels.tile_attention import LOG2_E, attend_tile, load_queries, of_tokens, store_softmax, tile_logits
+from mosaic_kernels.tile_attention import (
+    LOG2_E,
+    attend_tile,
+    fetch_tile,
+    load_queries,
+    of_tokens,
+    store_softmax,
+    tile_logits,
+)
 
 
 @triton.jit
@@ -26,7 +34,7 @@ def attend_selected_kernel(
     start = tl.load(starts + of_head)
     r, slot = tl.arange(0, ROWS), tl.arange(0, TILE)[None, :]
     GROUPS: tl.constexpr = min(DK // 16, 4)
-    if GROUPS == min(DV // 16, 4) and not (ANY_TOPK or ANY_EXCEPTIONS):
+    if min(DV // 16, 4) == GROUPS and not (ANY_TOPK or ANY_EXCEPTIONS):
         # Not in order: Triton would give a thread neighbouring tokens, not those that it unpacks.
         slot = tl.broadcast_to(slot % 8 * (TILE // 8) + slot // 8, [GROUPS, TILE])
     q += (item * HEADS + head) * GROUP * K_DIM
@@ -56,13 +64,14 @@ def attend_selected_kernel(
         later = _token(tokens, at + 3 * TILE + slot, first, last)
         row, kind = find_row(number, scalars, of_head * FORMATS, FORMATS)
         real, t = at + slot < last, found % T
+        k, v, token_scales = fetch_tile(segment, scalars, k_words, v_words, row, t, DK, K_DIM, DV, V_DIM)
         logits = tile_logits(
-            q, q0, q1, q2, q3, r, factor, nothing, segment, scalars, k_words, row, kind, t, K_DIM,
-            DK, GROUP, K_DIM, DK, True, ANY_TOPK, ANY_EXCEPTIONS,
+            k, q, q0, q1, q2, q3, r, factor, nothing, segment, scalars, row, kind, t, K_DIM,
+            DK, GROUP, K_DIM, True, ANY_TOPK, ANY_EXCEPTIONS,
         )  # fmt: skip
         logits = tl.where(of_tokens(real.to(tl.int32)) > 0, logits, float("-inf"))
         top, total, s0, s1, s2, s3, rare = attend_tile(
-            top, total, s0, s1, s2, s3, rare, logits, segment, scalars, v_words, row, kind, t,
+            v, token_scales, top, total, s0, s1, s2, s3, rare, logits, segment, scalars, row, kind, t,
             DV, V_DIM, ANY_TOPK, ANY_EXCEPTIONS,
         )  # fmt: skip
         segment, number, next_segment = next_segment, next_number, segment_after

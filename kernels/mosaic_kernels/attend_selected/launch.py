@@ -10,7 +10,7 @@ from mosaic_kernels.page_batch import PageBatch
 from mosaic_kernels.segment_table import SegmentTable, check_frames, padded
 from mosaic_kernels.select.selection import Selected, SelectionPlan
 
-TILE, WARPS, STAGES, REGISTERS = 16, 1, 1, 152
+TILE, WARPS, STAGES = 16, 1, 1
 
 
 def attend_selected(
@@ -51,6 +51,6 @@ def attend_selected(
             HEADS=table.heads, GROUP=group, ROWS=query_rows(group), FORMATS=table.formats, T=table.page_size,
             TILE=TILE,
             DK=padded(table.k_dim), K_DIM=table.k_dim, DV=padded(table.v_dim), V_DIM=table.v_dim,
-            ANY_TOPK=table.any_topk, ANY_EXCEPTIONS=table.any_exceptions, num_warps=WARPS, num_stages=STAGES, maxnreg=REGISTERS,
+            ANY_TOPK=table.any_topk, ANY_EXCEPTIONS=table.any_exceptions, num_warps=WARPS, num_stages=STAGES,
         )  # fmt: skip
     return out, lse

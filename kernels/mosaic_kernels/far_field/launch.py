@@ -9,7 +9,7 @@ from mosaic_kernels.far_field.kernel import far_field_kernel
 from mosaic_kernels.page_batch import PageBatch
 from mosaic_kernels.segment_table import SegmentTable, check_frames, padded
 
-TILE_PAGES, WARPS, STAGES, REGISTERS = 16, 1, 1, None
+TILE_PAGES, WARPS, STAGES = 16, 1, 1
 
 
 def far_field(
@@ -41,6 +41,6 @@ def far_field(
             out, lse, pages,
             HEADS=heads, GROUP=group, ROWS=query_rows(group), FORMATS=table.formats, T=table.page_size,
             PAGES=TILE_PAGES, DV=padded(table.v_dim), V_DIM=table.v_dim, ANY_TOPK=table.any_topk,
-            num_warps=WARPS, num_stages=STAGES, maxnreg=REGISTERS,
+            num_warps=WARPS, num_stages=STAGES,
         )  # fmt: skip
     return out, lse

@@ -3,10 +3,10 @@
 import triton
 import triton.language as tl
 
-from mosaic_kernels.load_piece import find_segment, load_piece
+from mosaic_kernels.load_piece import find_segment, load_piece, of_one
 from mosaic_kernels.load_segment import find_row, load_number
 from mosaic_kernels.scan import keys as of_keys
-from mosaic_kernels.tile_attention import LOG2_E, load_queries, tile_logits
+from mosaic_kernels.tile_attention import LOG2_E, fetch_key_tile, load_queries, tile_logits
 
 KEYS = tl.constexpr(of_keys.KEYS)
 STEPS = tl.constexpr(of_keys.STEPS)
@@ -47,12 +47,12 @@ def scan_kernel(
     for page in range(first, last):
         next_number = load_number(next_segment)
         after = find_segment(data, frame_bytes, frames, tl.minimum(page + 2, last - 1))
-        row, kind = find_row(number, scalars, of_head * FORMATS, FORMATS)
+        row, kind = find_row(of_one(number), scalars, of_head * FORMATS, FORMATS)
+        k = fetch_key_tile(of_one(segment), scalars, k_words, row, t[None, :], channels, DS, False, DK)
         # In octaves above what is known.
         logits = tile_logits(
-            q, q0, q1, q2, q3, r, factor, (-known * LOG2_E)[None, :],
-            segment, scalars, k_words, row, kind, t[None, :], channels,
-            DS, GROUP, K_DIM, DK, False, ANY_TOPK, ANY_EXCEPTIONS,
+            k, q, q0, q1, q2, q3, r, factor, (-known * LOG2_E)[None, :], of_one(segment), scalars, row, kind,
+            t[None, :], channels, DS, GROUP, K_DIM, False, ANY_TOPK, ANY_EXCEPTIONS,
         )  # fmt: skip
         key = tl.floor(tl.max(logits, 1) * (STEPS / LOG2_E) + (0.5 - LOWEST * STEPS))
         key = tl.minimum(tl.maximum(tl.where(key == key, key, KEYS), 0.0), KEYS - 1.0)

@@ -9,7 +9,7 @@ from mosaic_kernels.page_batch import PageBatch
 from mosaic_kernels.scan.kernel import scan_kernel
 from mosaic_kernels.segment_table import SegmentTable, check_frames, padded
 
-WARPS, STAGES, REGISTERS = 1, 1, 96  # sums over a page then cross no barrier
+WARPS, STAGES = 1, 1  # sums over a page then cross no barrier
 
 
 def scan(
@@ -53,6 +53,6 @@ def scan(
             table.starts, table.scan_channels, table.scalars, table.k_words, known_lse, keys, page_lse, pages, scale,
             HEADS=table.heads, GROUP=group, ROWS=query_rows(group), FORMATS=table.formats, T=table.page_size,
             DS=max(padded(table.most_scanned), 16), K_DIM=table.k_dim, DK=padded(table.k_dim),
-            ANY_TOPK=table.any_topk, ANY_EXCEPTIONS=table.any_exceptions, num_warps=WARPS, num_stages=STAGES, maxnreg=REGISTERS,
+            ANY_TOPK=table.any_topk, ANY_EXCEPTIONS=table.any_exceptions, num_warps=WARPS, num_stages=STAGES,
         )  # fmt: skip
     return keys, page_lse

@@ -10,6 +10,7 @@ from mosaic_kernels.load_segment import (
     exception_token,
     exception_value,
     exceptions,
+    fetch_values,
     find_row,
     key_codes,
     load_number,
@@ -40,7 +41,7 @@ def decode_kernel(
     if kind == PLANES:
         codes, scale, offset = key_codes(segment, scalars, k_words, row, t, DK, K_DIM)
         keys = codes.to(tl.float32) * scale + offset
-        values = plane_values(segment, v_words, row, t, 0, DV // 16, V_DIM, DV).to(tl.float32)
+        values = plane_values(fetch_values(segment, v_words, row, t, 0, DV // 16, V_DIM, DV), DV // 16).to(tl.float32)
         means, scale = mean_values(segment, scalars, row, 0, DV // 16, V_DIM)
         coded = tl.arange(0, DV)[:, None] < value_channels(scalars, row)
         values = tl.where(coded, values * value_scales(segment, scalars, row, t), means.to(tl.float32) * scale)

@@ -37,8 +37,8 @@ def threshold_kernel(
 ):
     """One program: a piece and a KV head.
 
-    least and spares int32 [pieces, HEADS], alike for all pieces of an item: the least key of which all tokens are taken,
-    and how many of the next. above and ties int32 [pieces, HEADS]: how many of both the piece has.
+    least and spares int32 [pieces, HEADS], alike for all pieces of an item: the least key of which all tokens are
+    taken, and how many of the next. above and ties int32 [pieces, HEADS]: how many of both the piece has.
     """
     piece, head = tl.program_id(0), tl.program_id(1)
     item = tl.load(pieces + piece * 3)

@@ -16,7 +16,7 @@ from mosaic_kernels.attend_pages.launch import attend_pages
 from mosaic_kernels.attend_selected.launch import attend_selected
 from mosaic_kernels.combine.launch import combine
 from mosaic_kernels.far_field.launch import far_field
-from mosaic_kernels.page_batch import Item, PageBatch, plan
+from mosaic_kernels.page_batch import LEAST_PAGES, LEAST_SCANNED, Item, PageBatch, plan
 from mosaic_kernels.scan.launch import scan
 from mosaic_kernels.segment_decode.launch import decode_frames
 from mosaic_kernels.select.launch import select
@@ -173,7 +173,8 @@ class KernelAttention:
         if selecting:
             most = [max(int(memory.config.select * len(item.frames) * PAGE_SIZE), 1) for item in items]
             selection = plan_selection(most, heads, programs, device)
-        return _Group(sequences, items, plan(items, len(sequences), heads, programs, device), selection)
+        least = LEAST_SCANNED if selecting else LEAST_PAGES
+        return _Group(sequences, items, plan(items, len(sequences), heads, programs, device, least), selection)
 
     def _mosaic_tokens(self, sequence: Sequence) -> int:
         return int((sequence.frames >= self._memory.table.first_mosaic).sum()) * PAGE_SIZE
