@@ -45,6 +45,10 @@ def written(epochs: EpochTable, *frames: int) -> None:
     epochs.written(frames)
 
 
+def epoch_of(epochs: EpochTable, frame: int):
+    return epochs[int(epochs.numbers_of(torch.tensor([frame])))]
+
+
 # The table.
 
 
@@ -85,11 +89,11 @@ def test_an_old_epoch_lives_as_long_as_a_page_needs_it():
     written(epochs, 13, 14)
     assert epochs.live == ["a", "b"] and epochs.current == "b"
     assert not epochs.due([11, 13, 14])  # due, but there is no room
-    assert epochs[epochs.number(11)] == "a" and epochs[epochs.number(13)] == "b"
+    assert epoch_of(epochs, 11) == "a" and epoch_of(epochs, 13) == "b"
     assert epochs.due([13, 14])
     assert epochs.live == ["b"]
     epochs.start("c")
-    assert epochs.live == ["b", "c"] and epochs[epochs.number(13)] == "b"
+    assert epochs.live == ["b", "c"] and epoch_of(epochs, 13) == "b"
 
 
 def test_a_frame_belongs_to_the_epoch_that_wrote_it_last():
@@ -98,7 +102,7 @@ def test_a_frame_belongs_to_the_epoch_that_wrote_it_last():
     written(epochs, 11, 12)
     epochs.start("b")
     written(epochs, 11)
-    assert [epochs[epochs.number(frame)] for frame in (11, 12)] == ["b", "a"]
+    assert [epoch_of(epochs, frame) for frame in (11, 12)] == ["b", "a"]
 
 
 @given(
@@ -122,7 +126,7 @@ def test_no_page_loses_its_epoch_and_never_too_many_live(refresh, most, steps):
         owner[frame] = epochs.current
         lifetimes[-1] += 1
         assert len(epochs.live) <= most
-        assert all(epochs[epochs.number(f)] == number for f, number in owner.items())
+        assert all(epoch_of(epochs, f) == number for f, number in owner.items())
         assert epochs.current == epochs.started - 1 == max(epochs.live)
     for number, pages in enumerate(lifetimes[1:-1]):
         assert pages >= refresh * 2**number
@@ -145,7 +149,7 @@ def fill(memory: PageMemory, *pages: int) -> None:
 
 
 def numbers(memory: PageMemory, pages) -> list[int]:
-    return [memory.epochs.number(frame) for frame in memory.table.frames[torch.tensor(list(pages))].tolist()]
+    return memory.epochs.numbers_of(memory.table.frames[torch.tensor(list(pages))]).tolist()
 
 
 def test_one_request_reads_pages_of_several_epochs():

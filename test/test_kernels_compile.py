@@ -16,4 +16,5 @@ def test_no_kernel_spills_registers(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     rows = json.loads(report.read_text())["rows"]
     assert len(rows) == 20 and all(row["spilled_bytes"] == 0 < row["registers"] for row in rows)
-    assert all(row["longest_loop"] > 50 for row in rows if row["kernel"] not in ("decode", "encode"))
+    straight = "decode", "encode", "select: threshold"
+    assert all(row["longest_loop"] > 50 for row in rows if row["kernel"] not in straight)

@@ -80,7 +80,7 @@ def stored(memory: PageMemory, layer: int, page: int) -> tuple[torch.Tensor, tor
     frame = memory.table.frames[page : page + 1]
     if int(frame) < memory.table.first_mosaic:
         return tuple(x[0].float() for x in memory.dense_rows(layer, frame))
-    number = memory.epochs.number(int(frame))
+    number = int(memory.epochs.numbers_of(frame))
     epoch = memory.epochs[number]
     k, v = (x[0].transpose(0, 1) for x in epoch.decode(layer, memory.mosaic_data(layer, frame, number)))
     # k_rot . rotated q = k . q for every q, unit vectors among them.
@@ -146,7 +146,7 @@ def test_mosaic_frames_hold_what_was_written(memory):
 
 
 def test_pages_keep_the_epoch_that_they_were_written_with(memory):
-    numbers = [memory.epochs.number(frame) for frame in memory.table.frames[2:10].tolist()]
+    numbers = memory.epochs.numbers_of(memory.table.frames[2:10]).tolist()
     expected_numbers = [0] * 8 if memory.stats()["epochs_started"] == 1 else [0] * 4 + [1] * 4
     assert numbers == expected_numbers
     assert len({epoch.hash for epoch in memory.epochs.live}) == memory.stats()["epochs_started"]

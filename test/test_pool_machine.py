@@ -110,7 +110,7 @@ class Pool(RuleBasedStateMachine):
 
     def _check_mosaic(self, frames: torch.Tensor, wanted: torch.Tensor) -> None:
         """Mosaic frames hold these values [pages, 64, 1, 16], each in the epoch that it was written with."""
-        numbers = torch.tensor([self.memory.epochs.number(frame) for frame in frames.tolist()])
+        numbers = self.memory.epochs.numbers_of(frames)
         for number in numbers.unique().tolist():
             epoch, own = self.memory.epochs[number], numbers == number
             data = self.memory.mosaic_data(0, frames[own], number)

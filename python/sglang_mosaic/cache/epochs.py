@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import torch
+
 from sglang_mosaic.codec.base import Epoch
 
 REFRESH_GROWTH = 2
@@ -21,7 +23,7 @@ class EpochTable:
 
     def __init__(self, first_frame: int, frames: int, refresh_pages: int, most: int) -> None:
         self._first = first_frame
-        self._numbers = [-1] * frames
+        self._numbers = torch.full((frames,), -1)
         self._live: dict[int, Epoch] = {}
         self._refresh_pages = refresh_pages
         self._most = most
@@ -50,7 +52,7 @@ class EpochTable:
             return True
         if not self._refresh_pages or self._left > 0:
             return False
-        needed = {self.number(frame) for frame in frames_in_use} | {self._current}
+        needed = {*self.numbers_of(torch.tensor([*frames_in_use], dtype=torch.int64)).tolist(), self._current}
         self._live = {number: epoch for number, epoch in self._live.items() if number in needed}
         return len(self._live) < self._most
 
@@ -63,13 +65,13 @@ class EpochTable:
 
     def written(self, frames: Iterable[int]) -> None:
         """Frames were encoded with the current epoch."""
-        for frame in frames:
-            self._numbers[frame - self._first] = self._current
-            self._left -= 1
+        written = torch.tensor([*frames], dtype=torch.int64)
+        self._numbers[written - self._first] = self._current
+        self._left -= len(written)
 
-    def number(self, frame: int) -> int:
-        """Number of the epoch of a mosaic frame."""
-        return self._numbers[frame - self._first]
+    def numbers_of(self, frames: torch.Tensor) -> torch.Tensor:
+        """Numbers of the epochs of mosaic frames, int64, both [frames] on the host."""
+        return self._numbers[frames - self._first]
 
     def __getitem__(self, number: int) -> Epoch:
         return self._live[number]

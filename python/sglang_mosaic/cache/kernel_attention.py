@@ -7,11 +7,9 @@ contexts select the tokens that they read; those of another epoch are selected a
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence as Several
 
 import torch
 
-from mosaic_kernels.attend.reference import attend
 from mosaic_kernels.attend_pages.launch import attend_pages
 from mosaic_kernels.attend_selected.launch import attend_selected
 from mosaic_kernels.combine.launch import combine
@@ -21,6 +19,7 @@ from mosaic_kernels.scan.launch import scan
 from mosaic_kernels.segment_decode.launch import decode_frames
 from mosaic_kernels.select.launch import select
 from mosaic_kernels.select.selection import Selected, SelectionPlan, plan_selection
+from sglang_mosaic.cache.dense_tokens import DenseTokens
 from sglang_mosaic.cache.memory import PageMemory
 from sglang_mosaic.cache.mixed_attention import Decode, Sequence
 from sglang_mosaic.cache.segment_tables import LayerTables, SegmentTables
@@ -42,11 +41,12 @@ class _Group:
     selected: dict[int, tuple[Selected, torch.Tensor]] = dataclasses.field(default_factory=dict)
     """By layer, what was selected and its log-sum-exp by item [items, H, group] in that step."""
 
-    @property
-    def signature(self) -> tuple:
-        """Equal for the same pages of the same requests."""
-        keys = tuple(sequence.key for sequence in self.sequences)
-        return keys, tuple((item.request, item.epoch, tuple(item.frames)) for item in self.items)
+    def reads_as(self, other: _Group) -> bool:
+        """Whether it reads the same pages of the same requests."""
+        mine, others = ([sequence.key for sequence in group.sequences] for group in (self, other))
+        return (mine, len(self.items)) == (others, len(other.items)) and all(
+            a[:2] == b[:2] and torch.equal(a.frames, b.frames) for a, b in zip(self.items, other.items, strict=True)
+        )
 
 
 def kernel_decoder(memory: PageMemory, tables: SegmentTables) -> Decode:
@@ -79,7 +79,7 @@ class SharedSelections:
             ages = [] if old is None else [
                 new.tokens - then.tokens for new, then in zip(group.sequences, old.sequences, strict=False)
             ]  # fmt: skip
-            if ages and old.signature == group.signature and all(0 < age < self._steps for age in ages):
+            if ages and old.reads_as(group) and all(0 < age < self._steps for age in ages):
                 group.selected = old.selected
                 self._group = old
         return group
@@ -101,15 +101,15 @@ class KernelAttention:
         self._memory, self._tables = memory, tables
         config = memory.config
         selects = [bool(config.select) and self._mosaic_tokens(s) >= max(config.select_from, 1) for s in sequences]
-        self._groups: list[tuple[torch.Tensor, list[torch.Tensor], _Group]] = []
-        """Rows of the queries and slots of the dense tokens of a group's requests."""
+        self._groups: list[tuple[torch.Tensor, DenseTokens, _Group]] = []
+        """Rows of the queries and dense tokens of a group's requests."""
         for selecting in (False, True):
             mine = [sequence for sequence, chosen in zip(sequences, selects, strict=True) if chosen == selecting]
             if mine:
                 group = self._plan(mine, selecting)
                 # Once a forward: copies to the device wait.
                 rows = torch.tensor([sequence.first_query for sequence in mine], device=memory.slab.frames.device)
-                dense = [self._dense_slots(sequence) for sequence in mine]
+                dense = DenseTokens.of([self._dense_rows(sequence) for sequence in mine], rows.device)
                 self._groups.append((rows, dense, shared.recall(group) if selecting else group))
 
     def run(self, layer: int, q: torch.Tensor, out: torch.Tensor, scale: float) -> None:
@@ -117,7 +117,8 @@ class KernelAttention:
         tables = self._tables.layer(layer)
         for rows, dense, group in self._groups:
             queries = q[rows]
-            dense_out, dense_lse = self._attend_dense(layer, queries, dense, scale)
+            slabs = self._memory.dense_k[layer], self._memory.dense_v[layer]
+            dense_out, dense_lse = dense.attend(queries, *slabs, scale)
             rotated = _rotate(queries, group.batch, tables)
             if group.selection is None:
                 batch = group.batch
@@ -163,10 +164,11 @@ class KernelAttention:
         slots = self._tables.layer(0).slots
         items = []
         for request, sequence in enumerate(sequences):
-            by_slot: dict[int, list[int]] = {}
-            for frame in sequence.frames[sequence.frames >= memory.table.first_mosaic].tolist():
-                by_slot.setdefault(slots[memory.epochs.number(frame)], []).append(frame - memory.table.first_mosaic)
-            items += [Item(request, slot, frames) for slot, frames in sorted(by_slot.items())]
+            mosaic = sequence.frames[sequence.frames >= memory.table.first_mosaic]
+            of_frame = memory.epochs.numbers_of(mosaic)
+            found = {slots[number]: of_frame == number for number in of_frame.unique().tolist()}
+            frames = mosaic - memory.table.first_mosaic
+            items += [Item(request, slot, frames[own]) for slot, own in sorted(found.items(), key=lambda x: x[0])]
         heads = memory.dense_k[0].shape[1]
         programs = PROGRAMS_PER_PROCESSOR * _processors(device)
         selection = None
@@ -179,22 +181,9 @@ class KernelAttention:
     def _mosaic_tokens(self, sequence: Sequence) -> int:
         return int((sequence.frames >= self._memory.table.first_mosaic).sum()) * PAGE_SIZE
 
-    def _dense_slots(self, sequence: Sequence) -> torch.Tensor:
-        slots = (sequence.frames[:, None] * PAGE_SIZE + torch.arange(PAGE_SIZE)).flatten()[: sequence.tokens]
-        dense = slots[slots < self._memory.table.first_mosaic * PAGE_SIZE]
-        return dense.to(self._memory.slab.frames.device)
-
-    def _attend_dense(
-        self, layer: int, queries: torch.Tensor, slots: Several[torch.Tensor], scale: float
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Over the dense tokens of each request: float32 [requests, Hq, Dv] and lse [requests, Hq]."""
-        k, v = self._memory.dense_k[layer], self._memory.dense_v[layer]
-        found = [
-            attend(query[None], k[own].transpose(0, 1), v[own].transpose(0, 1), scale)
-            for query, own in zip(queries, slots, strict=True)
-        ]
-        out, lse = (torch.cat(x) for x in zip(*found, strict=True))
-        return out.contiguous(), lse.contiguous()
+    def _dense_rows(self, sequence: Sequence) -> torch.Tensor:
+        rows = (sequence.frames[:, None] * PAGE_SIZE + torch.arange(PAGE_SIZE)).flatten()[: sequence.tokens]
+        return rows[rows < self._memory.table.first_mosaic * PAGE_SIZE]
 
 
 def _rotate(queries: torch.Tensor, batch: PageBatch, tables: LayerTables) -> torch.Tensor:

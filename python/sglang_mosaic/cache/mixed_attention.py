@@ -156,7 +156,7 @@ def _blocks(memory: PageMemory, chosen: list[torch.Tensor]) -> list[Block]:
     """Blocks of the mosaic frames ``chosen[i]`` of each sequence i, every frame once, one epoch to a block."""
     unique, index = torch.unique(torch.cat(chosen), return_inverse=True)
     device = memory.table.frames.device
-    numbers = torch.tensor([memory.epochs.number(frame) for frame in unique.tolist()])
+    numbers = memory.epochs.numbers_of(unique)
     # Frames in order of their epochs, so that a block is a range.
     order = torch.argsort(numbers, stable=True)
     unique, numbers = unique[order], numbers[order]
