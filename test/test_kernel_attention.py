@@ -12,6 +12,7 @@ from sglang_mosaic.cache.memory import PageMemory
 from sglang_mosaic.cache.mixed_attention import MixedAttention
 from sglang_mosaic.cache.segment_tables import SegmentTables
 from sglang_mosaic.cache.selection import Selections
+from sglang_mosaic.config import MosaicConfig
 from test_mixed_attention import LAYERS, SCALE, sequence
 from test_selection import CONTEXT, TOKENS, make_memory, queries, relative, selecting
 
@@ -74,6 +75,18 @@ def test_selecting_some_and_reading_the_short_ones_whole():
     assert relative(found[1], wanted[1]) < 2e-3
     whole = with_torch(memory, q, sequences)
     assert 0.02 < relative(found, whole) < 0.5
+
+
+def test_a_small_batch_reads_everything_unless_told_otherwise(memory, monkeypatch):
+    sequences, q = batch_of(memory, (SHORT, SHORT)), queries(2)
+    whole = with_kernels(memory, q, sequences)
+    tokens = 2 * sum(int(frame) >= memory.table.first_mosaic for frame in sequences[0].frames) * 64
+    monkeypatch.setattr(MosaicConfig, "least_selected", 1)
+    config, heads = selecting(0.05, select_from=None), memory.dense_k[0].shape[1]
+    monkeypatch.setattr(module, "CROSSOVER", tokens * heads + 1)
+    assert torch.equal(with_kernels(memory, q, sequences, config), whole)
+    monkeypatch.setattr(module, "CROSSOVER", tokens * heads)
+    assert not torch.equal(with_kernels(memory, q, sequences, config), whole)
 
 
 def test_selecting_everything_of_two_epochs_is_reading_everything(memory):

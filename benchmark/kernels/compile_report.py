@@ -65,6 +65,8 @@ class Kernel(NamedTuple):
     launch: Any
     """The module that launches it: WARPS and, if it has it, STAGES."""
     tiles: tuple[tuple[str, int], ...] = ()
+    warps: str = "WARPS"
+    """Name of the module's number of warps."""
 
 
 WIDE = "ROWS", MOST_GROUP
@@ -74,7 +76,7 @@ KERNELS = {
     "attend_pages": Kernel(attend_pages_kernel, attend_pages, (("TILE", attend_pages.TILE),)),
     "scan": Kernel(scan_kernel, scan),
     "select: count": Kernel(count_kernel, select, (("TILE", select.TILE),)),
-    "select: threshold": Kernel(threshold_kernel, select),
+    "select: threshold": Kernel(threshold_kernel, select, warps="THRESHOLD_WARPS"),
     "select: collect": Kernel(collect_kernel, select, (("PAGES", select.TILE_PAGES), ("PIECES", select.TILE_PIECES))),
     "attend_selected": Kernel(attend_selected_kernel, attend_selected, (("TILE", attend_selected.TILE),)),
     "far_field": Kernel(far_field_kernel, far_field, (("PAGES", far_field.TILE_PAGES),)),
@@ -108,7 +110,8 @@ def compile_kernel(kernel: Kernel, head_dim: int, group: int, arch: int) -> dict
         for i, name in enumerate(names)
         if signature[name].startswith("*") or name == "frame_bytes"
     }
-    options = {"num_warps": kernel.launch.WARPS, "enable_fp_fusion": kernel.launch is not segment_encode}
+    warps = getattr(kernel.launch, kernel.warps)
+    options = {"num_warps": warps, "enable_fp_fusion": kernel.launch is not segment_encode}
     if hasattr(kernel.launch, "STAGES"):
         options["num_stages"] = kernel.launch.STAGES
     source = ASTSource(fn=kernel.function, signature=signature, constexprs=constants, attrs=aligned)
@@ -120,7 +123,7 @@ def compile_kernel(kernel: Kernel, head_dim: int, group: int, arch: int) -> dict
     registers, stack = (int(re.findall(rf"{name}:(\d+)", usage)[0]) for name in ("REG", "STACK"))
     instructions, loop = count_instructions(code)
     return {
-        "warps": kernel.launch.WARPS,
+        "warps": warps,
         "registers": registers,
         "spilled_bytes": stack,
         "shared_bytes": compiled.metadata.shared,

@@ -2,8 +2,8 @@
 
 A tile has channels along its first dimension and tokens along its second. `segment` is one pointer or, where every
 token has a segment of its own, [1, T] pointers; `row` and `kind` are as many. `t` is int32 [1, T], the tokens in their
-segments. What belongs to a channel is then [D, T] instead of [D, 1]. Tokens kept as exceptions have arbitrary codes;
-`exceptions` and its kin say which they are.
+segments. What belongs to a channel is then [D, T] instead of [D, 1]. Planes can also be read with [groups, T], all rows
+alike (tile_attention.py). Tokens kept as exceptions have arbitrary codes; `exceptions` and its kin say which they are.
 
 Codes are unpacked four at a time, whatever their widths: one rotation and one mask of a 32-bit word put four bases
 where they belong in four bytes, the refinement is added likewise, and every byte becomes a float16 by bit operations
@@ -24,7 +24,6 @@ _SCALARS = tl.constexpr(segment_table.SCALARS)
 _WORDS = tl.constexpr(segment_table.WORDS)
 _K = tl.constexpr(segment_table.KIND)
 _V = tl.constexpr(segment_table.V_CODED)
-_K_CODED = tl.constexpr(segment_table.K_CODED)
 _EXCEPTIONS = tl.constexpr(segment_table.EXCEPTIONS)
 _EXCEPTION_TOKENS = tl.constexpr(segment_table.EXCEPTION_TOKENS)
 _EXCEPTION_K = tl.constexpr(segment_table.EXCEPTION_K)
@@ -58,7 +57,8 @@ def fetch_keys(
 ):  # fmt: skip
     """What `plane_keys` unpacks: GROUPS groups of K of planes from group CHUNK * GROUPS on, as they lie in memory.
 
-    Loads that wait for nothing but tables: early ones overlap with what comes between.
+    Of the first `channels` of K; WIDTH is K's dimension filled up to a power of two. Loads that wait for nothing but
+    tables: early ones overlap with what comes between.
     """
     group = CHUNK * GROUPS + tl.arange(0, GROUPS)[:, None]
     _, _, scales_at, offsets_at = load_four(scalars + row * _SCALARS + _K)
@@ -78,8 +78,7 @@ def fetch_keys(
 def plane_keys(fetched, GROUPS: tl.constexpr, REFINED: tl.constexpr):
     """K of `fetch_keys`: float16 [T, GROUPS * 16], channels as `key_channels`; from `channels` on 0.
 
-    Tokens come first, unlike in other tiles. WIDTH is K's dimension filled up to a power of two. Without refinement, a
-    code is the middle of those that share its base.
+    Tokens come first, unlike in other tiles. Without refinement, a code is the middle of those that share its base.
     """
     rows, scales, offsets = fetched
     q0, q1, q2, q3, more = _plane_quads(rows, REFINED)

@@ -128,15 +128,15 @@ def attend_tile(
     to 64 channels, R] in as many chunks as D has; what segments of rare kinds give is summed in `rare` [D, R].
     """
     top, total, weights, decay = weigh(top, total, logits)
-    if ANY_TOPK:
+    if ANY_TOPK or ANY_EXCEPTIONS:
         rare = rare * decay
+    if ANY_TOPK:
         sparse = kind == TOPK
         if any_of(sparse):
             codes, token_scale = topk_codes(segment, scalars, row, t, DIM, 1, D, DIM)
             rare += tl.dot(codes, scaled_weights(tl.where(tl.trans(sparse), weights, 0.0), token_scale))
             weights = tl.where(tl.trans(sparse), 0.0, weights)
     if ANY_EXCEPTIONS:
-        rare = rare * (1.0 if ANY_TOPK else decay)
         kept = exceptions(scalars, row, kind)
         for e in range(tl.max(kept)):
             here = (e < kept) & (t == exception_token(segment, scalars, row, e))

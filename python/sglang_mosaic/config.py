@@ -50,8 +50,8 @@ class MosaicConfig:
     select_top_p: float = 1.0
     """Share of the attention mass, sinks and recent tokens included, after which selection stops earlier. Where sinks
     hold most of the mass, the last percent can be most of the output (docs/codec.md)."""
-    select_from: int = 4096
-    """Compressed tokens of a context below which all are read."""
+    select_from: int | None = None
+    """Compressed tokens of a context below which all are read. None: below what pays (`least_selected`)."""
     select_steps: int = 1
     """Decode steps that share a selection."""
     audit: bool = False
@@ -93,14 +93,19 @@ class MosaicConfig:
             raise ConfigError(f"--mosaic-select: got {self.select}, give a share between 0 (read all) and 1.")
         if not 0.0 < self.select_top_p <= 1.0:
             raise ConfigError(f"--mosaic-select-top-p: got {self.select_top_p}, give a share above 0, at most 1.")
-        if self.select_from < 0:
-            raise ConfigError(f"--mosaic-select-from: got {self.select_from}, give a number of tokens.")
+        if self.select_from is not None and self.select_from < 0:
+            raise ConfigError(f"--mosaic-select-from: got {self.select_from}, give a number of tokens or leave it out.")
         if self.select_steps < 1:
             raise ConfigError(f"--mosaic-select-steps: got {self.select_steps}, give at least 1.")
 
     @property
     def compresses(self) -> bool:
         return self.encode != "off"
+
+    @property
+    def least_selected(self) -> int:
+        """Compressed tokens of a context from which a step selects."""
+        return 4096 if self.select_from is None else max(self.select_from, 1)
 
     @property
     def live_epochs(self) -> int:

@@ -39,10 +39,8 @@ def attend_pages_kernel(
     TILES: tl.constexpr = T // TILE
     data += start
     # Loaded a tile or two before they are used: each waits for the one before.
-    segment, next_segment = (
-        find_segment(data, frame_bytes, frames, first),
-        find_segment(data, frame_bytes, frames, tl.minimum(first * TILES + 1, last * TILES - 1) // TILES),
-    )
+    segment = find_segment(data, frame_bytes, frames, first)
+    next_segment = find_segment(data, frame_bytes, frames, tl.minimum(first * TILES + 1, last * TILES - 1) // TILES)
     number = load_number(segment)
     for at in range(first * TILES, last * TILES):
         next_number = load_number(next_segment)

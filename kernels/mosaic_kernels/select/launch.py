@@ -12,6 +12,7 @@ from mosaic_kernels.select.kernel import collect_kernel, count_kernel, threshold
 from mosaic_kernels.select.selection import Selected, SelectionPlan
 
 TILE, TILE_PAGES, TILE_PIECES, WARPS = 2048, 16, 256, 4
+THRESHOLD_WARPS = 1
 
 
 def select(
@@ -60,7 +61,7 @@ def select(
         )
         threshold_kernel[grid](
             counts, totals, batch.pieces, plan.most, least, spares, above, ties, top_p,
-            HEADS=heads, TOP_P=top_p < 1, num_warps=1,
+            HEADS=heads, TOP_P=top_p < 1, num_warps=THRESHOLD_WARPS,
         )  # fmt: skip
         collect_kernel[grid](
             keys, page_lse, batch.pieces, batch.first_piece, batch.epochs, plan.first, least, spares, above, ties,

@@ -115,7 +115,8 @@ def add_mosaic_group(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=default.select_from,
         metavar="TOKENS",
-        help="compressed tokens of a context below which all are read. Default: %(default)s.",
+        help="compressed tokens of a context below which all are read. Default: 4096, and on a GPU as many in the "
+        "whole batch as it takes to gain time (docs/kernels.md).",
     )
     group.add_argument(
         "--mosaic-select-steps",

@@ -27,6 +27,9 @@ from sglang_mosaic.page import PAGE_SIZE
 
 PROGRAMS_PER_PROCESSOR = 16
 """Programs that keep a multiprocessor busy."""
+CROSSOVER = 1 << 19
+"""Compressed tokens times KV heads of a batch below which reading all takes no longer than selecting (measured at 1, 8
+and 32 requests, docs/kernels.md)."""
 
 
 @dataclasses.dataclass
@@ -100,7 +103,11 @@ class KernelAttention:
     ) -> None:
         self._memory, self._tables = memory, tables
         config = memory.config
-        selects = [bool(config.select) and self._mosaic_tokens(s) >= max(config.select_from, 1) for s in sequences]
+        tokens = [self._mosaic_tokens(sequence) for sequence in sequences]
+        selects = [bool(config.select) and own >= config.least_selected for own in tokens]
+        selectable = sum(own for own, chosen in zip(tokens, selects, strict=True) if chosen)
+        if config.select_from is None and selectable * memory.dense_k[0].shape[1] < CROSSOVER:
+            selects = [False] * len(sequences)
         self._groups: list[tuple[torch.Tensor, DenseTokens, _Group]] = []
         """Rows of the queries and dense tokens of a group's requests."""
         for selecting in (False, True):

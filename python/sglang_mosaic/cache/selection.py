@@ -89,7 +89,7 @@ class SelectionPlan:
             i: parts
             for i, parts in pages.items()
             if sequences[i].queries <= MOST_QUERIES
-            and sum(map(len, parts.values())) * PAGE_SIZE >= max(config.select_from, 1)
+            and sum(map(len, parts.values())) * PAGE_SIZE >= config.least_selected
         }
         """Sequences that select: their frames by block, in the order of their tokens."""
         self._device_frames = {
