@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 
-import triton_device
 from sglang_mosaic.cache import kernel_attention as module
 from sglang_mosaic.cache.kernel_attention import KernelAttention, SharedSelections, kernel_decoder
 from sglang_mosaic.cache.memory import PageMemory
@@ -14,9 +13,18 @@ from sglang_mosaic.cache.segment_tables import SegmentTables
 from sglang_mosaic.cache.selection import Selections
 from sglang_mosaic.config import MosaicConfig
 from test_mixed_attention import LAYERS, SCALE, sequence
-from test_selection import CONTEXT, TOKENS, make_memory, queries, relative, selecting
+from test_selection import CONTEXT, TOKENS, relative, selecting
+from test_selection import make_memory as make_memory_on
+from test_selection import queries as queries_on_host
+from triton_device import DEVICE
 
-pytestmark = pytest.mark.skipif(not triton_device.INTERPRETED, reason="the pool of these tests is on the CPU")
+
+def make_memory(batches: int) -> PageMemory:
+    return make_memory_on(batches, device=DEVICE)
+
+
+def queries(*args, **options) -> torch.Tensor:
+    return queries_on_host(*args, **options).to(DEVICE)
 
 
 @pytest.fixture(scope="module", params=[1, 2], ids=["one-epoch", "two-epochs"])

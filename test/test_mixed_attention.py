@@ -17,27 +17,26 @@ HEADS, GROUP, DIM, SCALE = 2, 3, 32, 32**-0.5
 LAYERS = 2
 
 
-def empty_memory(config: MosaicConfig, dense: int, mosaic: int, ratio: float = 4.0) -> PageMemory:
-    codec = make_codec(config.codec, LAYERS, HEADS, DIM, DIM, ratio=ratio)
+def empty_memory(config: MosaicConfig, dense: int, mosaic: int, ratio: float = 4.0, device: str = "cpu") -> PageMemory:
+    codec = make_codec(config.codec, LAYERS, HEADS, DIM, DIM, ratio=ratio, device=device)
     # Frames that nothing has written hold NaN: whoever reads one is found out.
-    k, v = (
-        [torch.full(((dense + 1) * 64, HEADS, DIM), torch.nan, dtype=torch.bfloat16) for _ in range(LAYERS)]
-        for _ in range(2)
-    )
+    unwritten = torch.full(((dense + 1) * 64, HEADS, DIM), torch.nan, dtype=torch.bfloat16, device=device)
+    k, v = ([unwritten.clone() for _ in range(LAYERS)] for _ in range(2))
     frame_bytes = FrameBytes(LAYERS * HEADS * 64 * DIM * 2 * 2, codec.frame_bytes)
     return PageMemory(MemoryPlan(dense, mosaic, 2, frame_bytes), config, codec, k, v)
 
 
 def write(memory: PageMemory, pages: list[int], k=None, v=None) -> None:
     """A forward that fills pages with K and V [layers, tokens, heads, dim], or with noise."""
-    slots = (torch.tensor(pages)[:, None] * 64 + torch.arange(64)).flatten()
+    device = memory.slab.frames.device
+    slots = (torch.tensor(pages)[:, None] * 64 + torch.arange(64)).flatten().to(device)
     rows = memory.table.dense_slots(slots)
     shape = LAYERS, len(rows), HEADS, DIM
     k, v = torch.randn(shape) * 2 if k is None else k, torch.randn(shape) if v is None else v
     for layer in range(LAYERS):
-        memory.codec.observe_queries(layer, torch.randn(64, HEADS * GROUP, DIM))
-        memory.dense_k[layer][rows] = k[layer].bfloat16()
-        memory.dense_v[layer][rows] = v[layer].bfloat16()
+        memory.codec.observe_queries(layer, torch.randn(64, HEADS * GROUP, DIM).to(device))
+        memory.dense_k[layer][rows] = k[layer].bfloat16().to(device)
+        memory.dense_v[layer][rows] = v[layer].bfloat16().to(device)
     memory.forward_launched(slots)
 
 
@@ -96,7 +95,7 @@ def expected(memory: PageMemory, layer: int, pages: list[int], tokens: int, q: t
 
 
 def sequence(memory: PageMemory, pages: list[int], tokens: int, first: int = 0, queries: int = 1, key=0) -> Sequence:
-    return Sequence(memory.table.frames[torch.tensor(pages)], tokens, first, queries, key)
+    return Sequence(memory.table.frames[torch.tensor(pages)].cpu(), tokens, first, queries, key)
 
 
 CASES = {

@@ -31,10 +31,10 @@ CONTEXT = [1, *range(2, 2 + MOSAIC), 20]  # a start of a sequence, compressed pa
 TOKENS = (MOSAIC + 1) * 64 + 40
 
 
-def make_memory(batches: int = 1, q=None, k=None, v=None) -> PageMemory:
+def make_memory(batches: int = 1, q=None, k=None, v=None, device: str = "cpu") -> PageMemory:
     """Page 1 is a sink, 2..13 are mosaic in `batches` epochs, 20 and 21 are dense."""
     torch.manual_seed(0)
-    memory = empty_memory(sealing(refresh_pages=batches - 1), 20, MOSAIC + 6, ratio=3.0)
+    memory = empty_memory(sealing(refresh_pages=batches - 1), 20, MOSAIC + 6, 3.0, device)
     if q is not None:
         for layer in range(LAYERS):
             memory.codec.observe_queries(layer, q)
