@@ -1,0 +1,111 @@
+"""Entropy coding of frames: planes of one kind and rung side by side, each with its own zstd frame.
+
+What makes a frame smaller is that codes of one kind are distributed alike, and on coarser rungs take few values; there
+is nothing to find twice, so the fastest level is as good as any (docs/manager.md has the figures). Packing loses
+nothing: unpacking gives back the same bytes.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+
+import numpy as np
+import zstandard
+
+from sglang_mosaic.manager.recompress import coarsen
+from sglang_mosaic.manager.recompress.groups import FrameError, FrameLayout, Groups, Kind
+
+LEVEL = 1
+_PARAMETERS = zstandard.ZstdCompressionParameters.from_level(
+    LEVEL, format=zstandard.FORMAT_ZSTD1_MAGICLESS, write_content_size=False, write_checksum=False
+)
+_LENGTH = struct.Struct("<I")
+
+
+def pack(layout: FrameLayout, frame: np.ndarray, rungs: dict[Kind, np.ndarray]) -> bytes:
+    """
+    Args:
+        frame: uint8 [frame bytes].
+        rungs: of all groups, as `coarsen` gives them: what they leave constant is not stored.
+
+    Raises:
+        FrameError: the frame is not of this epoch.
+    """
+    numbers = layout.numbers(frame)
+    kinds, rest = layout.take_apart(numbers)
+    steps = np.concatenate([rungs[kind] for kind in kinds]) if kinds else np.empty(0, np.uint8)
+    compressor = zstandard.ZstdCompressor(compression_params=_PARAMETERS)
+    parts = []
+    for data in (numbers, steps, *(frame[at] for at in _streams(kinds, rungs)), frame[rest]):
+        packed = compressor.compress(np.ascontiguousarray(data))
+        parts += [_LENGTH.pack(len(packed)), packed]
+    return b"".join(parts)
+
+
+def unpack(layout: FrameLayout, data: bytes) -> np.ndarray:
+    """The frame, uint8 [frame bytes].
+
+    Raises:
+        FrameError: they are not the bytes of a frame of this epoch.
+    """
+    reader = _Reader(data)
+    numbers = reader.take(len(layout.segments))
+    layout.check(numbers)
+    kinds, rest = layout.take_apart(numbers)
+    steps = reader.take(sum(len(groups.base) for groups in kinds.values()))
+    rungs, at = {}, 0
+    for kind, groups in kinds.items():
+        rungs[kind] = steps[at : at + len(groups.base)]
+        at += len(groups.base)
+        if len(groups.base) and rungs[kind].max() >= coarsen.rungs(kind):
+            raise FrameError(f"a group is on rung {rungs[kind].max()} of {coarsen.rungs(kind)}")
+    frame = np.empty(layout.frame_bytes, np.uint8)
+    layout.put_numbers(frame, numbers)
+    for indices in _streams(kinds, rungs):
+        frame[indices] = reader.take(indices.size).reshape(indices.shape)
+    for kind, groups in kinds.items():
+        dropped = groups.refinement[rungs[kind] > 0]
+        frame[dropped] = coarsen.filling(kind.refinement_bits, dropped.shape[1])
+    frame[rest] = reader.take(rest.size)
+    reader.end()
+    return frame
+
+
+def _streams(kinds: dict[Kind, Groups], rungs: dict[Kind, np.ndarray]) -> Iterator[np.ndarray]:
+    """Indices of what is coded together, in order."""
+    for kind, groups in kinds.items():
+        for rung in range(coarsen.rungs(kind)):
+            rows = rungs[kind] == rung
+            if rows.any():
+                yield groups.base[rows]
+                if rung == 0 and kind.refinement_bits:
+                    yield groups.refinement[rows]
+
+
+class _Reader:
+    def __init__(self, data: bytes) -> None:
+        self._data = memoryview(data)
+        self._at = 0
+        self._decompressor = zstandard.ZstdDecompressor(format=zstandard.FORMAT_ZSTD1_MAGICLESS)
+
+    def take(self, nbytes: int) -> np.ndarray:
+        """The next part, which must have so many bytes."""
+        try:
+            (length,) = _LENGTH.unpack_from(self._data, self._at)
+            start = self._at + _LENGTH.size
+            packed = self._data[start : start + length]
+            if len(packed) != length:
+                raise FrameError("a packed frame ends within a part")
+            # One byte more than wanted, so that a longer part shows.
+            data = self._decompressor.decompress(packed, max_output_size=nbytes + 1)
+        except (struct.error, zstandard.ZstdError) as error:
+            raise FrameError(f"a packed frame is damaged: {error}") from error
+        if len(data) != nbytes:
+            raise FrameError(f"a part of a packed frame has {len(data)} bytes, expected {nbytes}")
+        self._at = start + length
+        return np.frombuffer(data, np.uint8)
+
+    def end(self) -> None:
+        if self._at != len(self._data):
+            raise FrameError(f"{len(self._data) - self._at} bytes follow a packed frame")
