@@ -25,10 +25,15 @@ def make() -> Path:
     sweep(parent)
     owner = os.getpid()
     path = Path(tempfile.mkdtemp(prefix=f"{PREFIX}-{os.geteuid()}-{owner}-{_started(owner)}-", dir=parent))
-    if len(os.fsencode(path / "manager-999999.sock")) > LONGEST_SOCKET:
+    if len(os.fsencode(socket(path, 999_999))) > LONGEST_SOCKET:
         path.rmdir()
         raise ConfigError(f"TMPDIR: {parent} is too long a path for sockets; give a shorter one.")
     return path
+
+
+def socket(path: Path, number: int) -> Path:
+    """Where the manager of that number listens."""
+    return path / str(number)
 
 
 def sweep(parent: Path) -> None:

@@ -26,6 +26,8 @@ class ManagerOptions:
     """Directory for records; None: host memory only."""
     disk_bytes: int = 10 << 30
     """Most bytes of its files."""
+    rescan_s: float = 5.0
+    """Between two looks at what other managers did to it."""
     calibration_threads: int = 1
     """Threads of a calibration's process. Everything else of the manager takes two, and one core at most."""
     nice: int = 10
@@ -52,7 +54,16 @@ class ManagerOptions:
             raise ConfigError(f"slots: got {self.slots}, give at least 2: one for each direction.")
         if not 0.0 <= self.host_max_error < 1.0:
             raise ConfigError(f"--mosaic-host-max-error: got {self.host_max_error}, give a share from 0 to below 1.")
-        for name in ("ready_s", "heartbeat_s", "silence_s", "kill_s", "backoff_s", "most_backoff_s", "close_s"):
+        for name in (
+            "rescan_s",
+            "ready_s",
+            "heartbeat_s",
+            "silence_s",
+            "kill_s",
+            "backoff_s",
+            "most_backoff_s",
+            "close_s",
+        ):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name}: got {getattr(self, name)}, give a positive number of seconds.")
 

@@ -69,6 +69,7 @@ class _Loop:
 
     def run(self) -> None:
         while not self._service.leaving and has_parent(self._parent):
+            self._background.check()
             busy = bool(self._replies) or self._service.busy
             self._router.poll(BUSY_MS if busy else QUIET_MS)
             # All messages before anything else: a restore must not wait behind a report.
@@ -116,6 +117,7 @@ class _Background:
         self._service = service
         self._woken = threading.Event()
         self._stopped = False
+        self._error: Exception | None = None
         self._thread = threading.Thread(target=self._run, name="background", daemon=True)
 
     def start(self) -> None:
@@ -125,6 +127,11 @@ class _Background:
         """There may be something to do."""
         self._woken.set()
 
+    def check(self) -> None:
+        """Raise what ended the thread, if something has: the process ends with it, and is started again."""
+        if self._error is not None:
+            raise self._error
+
     def stop(self) -> None:
         """End after the step that runs; idempotent."""
         self._stopped = True
@@ -133,7 +140,10 @@ class _Background:
             self._thread.join()
 
     def _run(self) -> None:
-        while not self._stopped:
-            if not self._service.work():
-                self._woken.wait(QUIET_MS / 1000)
-                self._woken.clear()
+        try:
+            while not self._stopped:
+                if not self._service.work():
+                    self._woken.wait(QUIET_MS / 1000)
+                    self._woken.clear()
+        except Exception as error:
+            self._error = error

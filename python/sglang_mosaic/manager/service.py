@@ -27,8 +27,6 @@ from sglang_mosaic.wire import messages as wire
 from sglang_mosaic.wire.messages import RecordKind, WireError
 from sglang_mosaic.wire.slots import SlotMemory, checksum
 
-RESCAN_S = 5.0
-"""Between two looks at what other managers did to the directory."""
 MOST_RECORD_BYTES = 1 << 30
 """Largest record that is put in parts."""
 MOST_UPLOADS = 2
@@ -56,7 +54,8 @@ class Service:
         self._uploads: dict[bytes, bytearray] = {}
         self._statistics: dict[bytes, bytes] = {}
         self._last_ticket = 0
-        self._next_scan = time.monotonic() + RESCAN_S
+        self._rescan_s = options.rescan_s
+        self._next_scan = time.monotonic() + options.rescan_s
 
     @property
     def busy(self) -> bool:
@@ -109,7 +108,7 @@ class Service:
         """Compress and write one record, or look at the directory; False: nothing was to be done."""
         if time.monotonic() > self._next_scan:
             self.store.rescan()
-            self._next_scan = time.monotonic() + RESCAN_S
+            self._next_scan = time.monotonic() + self._rescan_s
         record = self.store.next(flush)
         if record is None:
             return False
@@ -145,11 +144,11 @@ class Service:
 
     def _receive(self, request: wire.Put, data: bytes) -> bool:
         """A whole record, or the next part of one."""
-        total = request.total or len(data)
         meta = request.meta
         if len(meta.epoch) > EPOCH_BYTES or not meta.epoch.isascii() or not 0 <= meta.revision < 1 << 32:
             raise WireError(f"revision {meta.revision} of epoch {meta.epoch[:EPOCH_BYTES]!r}")
-        if not request.offset <= request.offset + len(data) <= total <= MOST_RECORD_BYTES:
+        total = request.total
+        if request.offset < 0 or not data or not request.offset + len(data) <= total <= MOST_RECORD_BYTES:
             raise WireError(f"bytes {request.offset} to {request.offset + len(data)} of {total}")
         if len(data) < total:
             if request.offset == 0:

@@ -391,7 +391,7 @@ class SlottedClient(ManagerClient):
                 break
         else:
             raise WireError("an answer to a calibration that nobody waits for")
-        if not reply.key:
+        if reply.key is None:
             self._end(calibration.ticket, Status.MISS)
             return
         del self._calibrations[calibration.ticket]

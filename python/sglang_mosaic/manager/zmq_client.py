@@ -99,7 +99,7 @@ class ZmqClient(SlottedClient):
     def _start(self) -> None:
         self._memory.close()
         self._begin(SlotMemory.create(self.options.slots, self.options.slot_bytes))
-        path = self._directory / f"manager-{next(self._lives)}.sock"
+        path = ipc_directory.socket(self._directory, next(self._lives))
         self._supervisor.start(path, self._memory)
         self._socket = self._context.socket(zmq.DEALER)
         self._socket.setsockopt(zmq.LINGER, 0)

@@ -61,7 +61,7 @@ class Payload(msgspec.Struct, frozen=True):
     slot: Slot
     length: int
     checksum: int
-    """xxh3_64 of the bytes, seeded with the record's key: right bytes under a wrong key are refused too."""
+    """Of key and bytes (slots.checksum): right bytes under a wrong key are refused too."""
 
 
 class Message(msgspec.Struct, kw_only=True, frozen=True, tag_field="is"):
@@ -80,10 +80,10 @@ class Put(Message, frozen=True, tag="put"):
     key: bytes
     meta: Meta
     payload: Payload
+    total: int
+    """Bytes of the whole record."""
     offset: int = 0
     """Where the part begins in the record. Parts come in order."""
-    total: int = 0
-    """Bytes of the whole record."""
 
 
 class Fetch(Message, frozen=True, tag="fetch"):
@@ -177,8 +177,8 @@ class Calibrated(Message, frozen=True, tag="calibrated"):
     """Answer to `Calibrate`: the epoch can be fetched."""
 
     ticket: int
-    key: bytes = b""
-    """Of the epoch's record; empty: the calibration failed."""
+    key: bytes | None = None
+    """Of the epoch's record; None: the calibration failed."""
     error: str = ""
 
 
@@ -252,6 +252,6 @@ def _decode(data: bytes, decoder: msgspec.msgpack.Decoder[_T]) -> _T:
     if message.protocol != PROTOCOL:
         raise WireError(f"a message of protocol {message.protocol}, expected {PROTOCOL}")
     key = getattr(message, "key", None)
-    if key and len(key) != KEY_BYTES:
+    if key is not None and len(key) != KEY_BYTES:
         raise WireError(f"a key has {KEY_BYTES} bytes, got {len(key)}")
     return message

@@ -19,7 +19,9 @@ from sglang_mosaic.wire.messages import Payload, Slot, WireError
 
 def checksum(key: bytes, data: bytes | memoryview) -> int:
     """64 bits of a record's key and bytes."""
-    return xxhash.xxh3_64_intdigest(data, seed=int.from_bytes(key[:8], "little"))
+    digest = xxhash.xxh3_64(key)
+    digest.update(data)
+    return digest.intdigest()
 
 
 class SlotMemory:
@@ -28,29 +30,28 @@ class SlotMemory:
     Args:
         fd: of the file; stays open with the mapping, and is closed with it.
         slots: number of slots.
-        slot_bytes: bytes of each, a multiple of the system's page.
+        least_bytes: what each has to hold; both sides round it up to whole pages of the system.
 
     Raises:
         WireError: the file has another size.
     """
 
-    def __init__(self, fd: int, slots: int, slot_bytes: int) -> None:
+    def __init__(self, fd: int, slots: int, least_bytes: int) -> None:
         self.fd = fd
         self.slots = slots
-        self.slot_bytes = slot_bytes
+        self.slot_bytes = _rounded(least_bytes)
         found = os.fstat(fd).st_size
-        if found != slots * slot_bytes:
-            raise WireError(f"shared memory of {found} bytes, expected {slots} slots of {slot_bytes}")
+        if found != slots * self.slot_bytes:
+            raise WireError(f"shared memory of {found} bytes, expected {slots} slots of {self.slot_bytes}")
         self._map = mmap.mmap(fd, found)
 
     @classmethod
     def create(cls, slots: int, least_bytes: int) -> SlotMemory:
         """New memory with slots of at least so many bytes."""
-        slot_bytes = -(-least_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
         fd = os.memfd_create("sglang-mosaic-slots", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-        os.ftruncate(fd, slots * slot_bytes)
+        os.ftruncate(fd, slots * _rounded(least_bytes))
         fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
-        return cls(fd, slots, slot_bytes)
+        return cls(fd, slots, least_bytes)
 
     def write(self, slot: Slot, key: bytes, data: bytes | memoryview) -> Payload:
         """Put bytes into a slot.
@@ -86,6 +87,10 @@ class SlotMemory:
         if not self._map.closed:
             self._map.close()
             os.close(self.fd)
+
+
+def _rounded(nbytes: int) -> int:
+    return -(-nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
 
 
 @dataclasses.dataclass
