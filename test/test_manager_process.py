@@ -17,7 +17,7 @@ import pytest
 
 from manager_cases import answer, frames, manager_metric, put, until, waves
 from sglang_mosaic.errors import ConfigError
-from sglang_mosaic.manager import ipc_directory
+from sglang_mosaic.manager import child, ipc_directory
 from sglang_mosaic.manager.client import Lookup, Status
 from sglang_mosaic.manager.options import ManagerOptions
 from sglang_mosaic.manager.store.directory import DirectoryTier
@@ -44,13 +44,6 @@ def client() -> Iterator[ZmqClient]:
     client = ZmqClient(OPTIONS)
     yield client
     client.close()
-
-
-def alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-    except OSError:
-        return False
 
 
 def test_kill_9_at_a_hundred_moments_under_load(client: ZmqClient, caplog: pytest.LogCaptureFixture) -> None:
@@ -134,7 +127,7 @@ def test_a_manager_that_stays_stopped_is_replaced() -> None:
         pid = client.manager_pid
         os.kill(pid, signal.SIGSTOP)
         until(client, lambda: client.connected and client.manager_pid != pid)
-        assert not alive(pid)
+        assert child.started(pid) < 0
         assert client.counters.deaths == 1
     finally:
         client.close()
@@ -146,7 +139,7 @@ def test_a_manager_that_does_not_get_ready_is_replaced(client: ZmqClient) -> Non
     pid = client.manager_pid
     os.kill(pid, signal.SIGSTOP)
     until(client, lambda: client.counters.deaths == 1)
-    assert not alive(pid)
+    assert child.started(pid) < 0
 
 
 def test_epochs_are_given_to_the_next_manager_too(client: ZmqClient) -> None:
@@ -242,7 +235,7 @@ def test_kill_9_of_the_server_while_the_store_is_written(tmp_path: Path, monkeyp
         owner.wait()
         owner.stdout.close()
         for _ in waves():
-            if not alive(int(manager)):
+            if child.started(int(manager)) < 0:
                 break
         # The directory of the dead stays until somebody starts.
         assert Path(directory.decode()).exists()
@@ -269,7 +262,7 @@ def test_kill_9_of_the_server_while_the_store_is_written(tmp_path: Path, monkeyp
 
 def test_directories_of_the_living_and_of_others_are_not_swept(tmp_path: Path) -> None:
     me = os.getpid()
-    started = ipc_directory._started(me)
+    started = child.started(me)
     user = os.geteuid()
     living = tmp_path / f"sglang-mosaic-{user}-{me}-{started}-a"
     reborn = tmp_path / f"sglang-mosaic-{user}-{me}-{started - 1}-a"

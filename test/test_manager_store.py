@@ -275,7 +275,8 @@ for step in range(3000):
     key = random.choice(keys)
     if random.random() < 0.5:
         body = key * random.randint(1, 100)
-        tier.write(Record(key, Meta(RecordKind.PAGE, 3, f"epoch {seed}"), Form.RAW, len(body), checksum(key, body), body))
+        meta = Meta(RecordKind.PAGE, 3, f"epoch {seed}")
+        tier.write(Record(key, meta, Form.RAW, len(body), checksum(key, body), body))
     else:
         found = tier.read((RecordKind.PAGE, key))
         if found is not None:

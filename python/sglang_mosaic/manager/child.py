@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
+from pathlib import Path
 
 _PR_SET_PDEATHSIG = 1
 
@@ -28,6 +29,17 @@ def follow_parent(parent: int) -> None:
 def has_parent(parent: int) -> bool:
     """Whether the parent is still the one that is meant."""
     return os.getppid() == parent
+
+
+def started(pid: int) -> int:
+    """When a process started, in clock ticks since boot; -1: there is none that runs, at most what is left of one."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return -1
+    # The name, in parentheses, may hold anything.
+    state, *fields = text.rpartition(")")[2].split()
+    return -1 if state in "ZX" else int(fields[18])
 
 
 def be_polite(levels: int) -> None:

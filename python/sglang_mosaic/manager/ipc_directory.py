@@ -9,6 +9,7 @@ import tempfile
 from pathlib import Path
 
 from sglang_mosaic.errors import ConfigError
+from sglang_mosaic.manager.child import started
 
 PREFIX = "sglang-mosaic"
 LONGEST_SOCKET = 107
@@ -24,7 +25,7 @@ def make() -> Path:
     parent = Path(tempfile.gettempdir())
     sweep(parent)
     owner = os.getpid()
-    path = Path(tempfile.mkdtemp(prefix=f"{PREFIX}-{os.geteuid()}-{owner}-{_started(owner)}-", dir=parent))
+    path = Path(tempfile.mkdtemp(prefix=f"{PREFIX}-{os.geteuid()}-{owner}-{started(owner)}-", dir=parent))
     if len(os.fsencode(socket(path, 999_999))) > LONGEST_SOCKET:
         path.rmdir()
         raise ConfigError(f"TMPDIR: {parent} is too long a path for sockets; give a shorter one.")
@@ -41,9 +42,9 @@ def sweep(parent: Path) -> None:
     for path in parent.glob(f"{PREFIX}-{os.geteuid()}-*"):
         parts = path.name.split("-")[3:5]
         if len(parts) == 2 and all(part.isdigit() for part in parts) and _is_private(path):
-            pid, started = (int(part) for part in parts)
+            pid, since = (int(part) for part in parts)
             # A process id may have been given away again since.
-            if _started(pid) != started:
+            if started(pid) != since:
                 shutil.rmtree(path, ignore_errors=True)
 
 
@@ -62,13 +63,3 @@ def _is_private(path: Path) -> bool:
     except OSError:
         return False
     return stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid() and not found.st_mode & 0o077
-
-
-def _started(pid: int) -> int:
-    """When a process started, in clock ticks since boot; -1: there is none."""
-    try:
-        text = Path(f"/proc/{pid}/stat").read_text()
-    except OSError:
-        return -1
-    # The name, in parentheses, may hold anything.
-    return int(text.rpartition(")")[2].split()[19])

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from sglang_mosaic.errors import ConfigError
+from sglang_mosaic.manager.child import started
 from sglang_mosaic.manager.store.record import HEADER_BYTES, CorruptRecord, Record, RecordId
 from sglang_mosaic.wire.messages import KEY_BYTES, RecordKind
 
@@ -191,7 +192,7 @@ def _key_of(name: str) -> bytes | None:
 def _abandoned(name: str, modified: float) -> bool:
     """Whether a file that is no record's is a temporary one whose writer has died, or something foreign."""
     writer = name.split(".")[1:2]
-    alive = writer and writer[0].isdigit() and Path(f"/proc/{writer[0]}").exists()
+    alive = writer and writer[0].isdigit() and started(int(writer[0])) >= 0
     return not alive or time.time() - modified > ABANDONED_S
 
 
