@@ -6,6 +6,7 @@ import enum
 import itertools
 import shutil
 import time
+import weakref
 
 import zmq
 
@@ -48,6 +49,8 @@ class ZmqClient(SlottedClient):
         super().__init__(options)
         self.link = Link.DOWN
         self._directory = ipc_directory.make()
+        # For programs that end without `close`; the next start sweeps what a killed one leaves.
+        self._remove_directory = weakref.finalize(self, shutil.rmtree, self._directory, ignore_errors=True)
         self._context = zmq.Context()
         self._socket: zmq.Socket | None = None
         self._supervisor = Supervisor(options)
@@ -94,7 +97,7 @@ class ZmqClient(SlottedClient):
         self._disconnect()
         self._context.term()
         self._memory.close()
-        shutil.rmtree(self._directory, ignore_errors=True)
+        self._remove_directory()
 
     def _start(self) -> None:
         self._memory.close()
