@@ -118,6 +118,8 @@ class Tiers(RuleBasedStateMachine):
         files = list((self.root / "store" / "v1" / "pages").iterdir())
         assert sum(path.stat().st_size for path in files) <= LIMIT * 2
         assert all("." not in path.name for path in files)
+        known = self.store.directory
+        assert known.nbytes == sum(known._files[record_id].nbytes for record_id in known.ids())
         self.hear()
         assert self.announced >= set(memory.ids())
         assert self.announced == set(self.store.ids())

@@ -78,7 +78,7 @@ def coarsen(layout: FrameLayout, frame: np.ndarray, max_error: float) -> Coarsen
     # NaN marks what cannot be measured: such a page stays as it is.
     room = (max_error**2 - made.mean()) * len(made)
     if not room > 0:
-        return Coarsened(frame, {kind: np.zeros(len(groups.base), np.uint8) for kind, groups in kinds.items()})
+        return Coarsened(frame, {kind: np.zeros(len(groups), np.uint8) for kind, groups in kinds.items()})
     costs = {kind: _costs(kind, groups, frame) for kind, groups in kinds.items()}
     chosen = _choose(costs, room)
     result = frame.copy()

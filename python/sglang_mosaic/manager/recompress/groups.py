@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import struct
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -45,19 +45,52 @@ class Kind(NamedTuple):
         return self.bits - self.base_bits
 
 
-class Groups(NamedTuple):
-    """All n groups of one kind in a frame. Indices are bytes of the frame."""
+class _Members(NamedTuple):
+    """Groups of one kind in one segment: the parts of `Groups`."""
 
     base: np.ndarray
-    """int32 [n, bytes of a base plane's group], row by row of the plane."""
     refinement: np.ndarray
-    """int32 [n, bytes], zero wide without refinement."""
     scales: np.ndarray
-    """int32 [n, bytes]: 16 float16 scales of K's channels, or a byte for each of V's tokens."""
     weights: np.ndarray
-    """float64 [n, 16]: what a squared error of a channel's value counts in the attention output."""
     segments: np.ndarray
-    """int32 [n]: the segment that the group belongs to."""
+
+
+class Groups:
+    """All n groups of one kind in a frame. Indices are bytes of the frame. Arrays are joined when they are asked for:
+    restoring needs two of them.
+    """
+
+    def __init__(self, members: list[_Members]) -> None:
+        self._members = members
+        self._size = sum(len(member.segments) for member in members)
+
+    def __len__(self) -> int:
+        return self._size
+
+    @cached_property
+    def base(self) -> np.ndarray:
+        """int32 [n, bytes of a base plane's group], row by row of the plane."""
+        return np.concatenate([member.base for member in self._members])
+
+    @cached_property
+    def refinement(self) -> np.ndarray:
+        """int32 [n, bytes], zero wide without refinement."""
+        return np.concatenate([member.refinement for member in self._members])
+
+    @property
+    def scales(self) -> np.ndarray:
+        """int32 [n, bytes]: 16 float16 scales of K's channels, or a byte for each of V's tokens."""
+        return np.concatenate([member.scales for member in self._members])
+
+    @property
+    def weights(self) -> np.ndarray:
+        """float64 [n, 16]: what a squared error of a channel's value counts in the attention output."""
+        return np.concatenate([member.weights for member in self._members])
+
+    @property
+    def segments(self) -> np.ndarray:
+        """int32 [n]: the segment that each group belongs to."""
+        return np.concatenate([member.segments for member in self._members])
 
 
 class Segment(NamedTuple):
@@ -131,14 +164,14 @@ class FrameLayout:
         """Groups of a frame with these formats, in a fixed order of kinds, and the indices of the rest, int32: of all
         bytes but those and the numbers themselves."""
         parts = [self._parts(i, number) for i, number in enumerate(numbers.tolist())]
-        kinds = sorted({kind for groups, _ in parts for kind in groups})
-        groups = {
-            kind: Groups(*(np.concatenate(x) for x in zip(*(p[kind] for p, _ in parts if kind in p), strict=True)))
-            for kind in kinds
-        }
+        members: dict[Kind, list[_Members]] = {}
+        for of_segment, _ in parts:
+            for kind, member in of_segment.items():
+                members.setdefault(kind, []).append(member)
+        groups = {kind: Groups(members[kind]) for kind in sorted(members)}
         return groups, np.concatenate([rest for _, rest in parts])
 
-    def _part_of_segment(self, i: int, number: int) -> tuple[dict[Kind, Groups], np.ndarray]:
+    def _part_of_segment(self, i: int, number: int) -> tuple[dict[Kind, _Members], np.ndarray]:
         segment = self.segments[i]
         fmt = segment.formats[number]
         rest = np.ones(segment.nbytes, bool)
@@ -154,7 +187,7 @@ class FrameLayout:
         groups = {}
         for kind, members in found.items():
             base, refinement, scales, weights, segments = (np.stack(x) for x in zip(*members, strict=True))
-            groups[kind] = Groups(
+            groups[kind] = _Members(
                 *((x + segment.start).astype(np.int32) for x in (base, refinement, scales)),
                 weights,
                 segments.astype(np.int32),

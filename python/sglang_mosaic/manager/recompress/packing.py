@@ -53,20 +53,21 @@ def unpack(layout: FrameLayout, data: bytes) -> np.ndarray:
     numbers = reader.take(len(layout.segments))
     layout.check(numbers)
     kinds, rest = layout.take_apart(numbers)
-    steps = reader.take(sum(len(groups.base) for groups in kinds.values()))
+    steps = reader.take(sum(len(groups) for groups in kinds.values()))
     rungs, at = {}, 0
     for kind, groups in kinds.items():
-        rungs[kind] = steps[at : at + len(groups.base)]
-        at += len(groups.base)
-        if len(groups.base) and rungs[kind].max() >= coarsen.rungs(kind):
+        rungs[kind] = steps[at : at + len(groups)]
+        at += len(groups)
+        if rungs[kind].max() >= coarsen.rungs(kind):
             raise FrameError(f"a group is on rung {rungs[kind].max()} of {coarsen.rungs(kind)}")
     frame = np.empty(layout.frame_bytes, np.uint8)
     layout.put_numbers(frame, numbers)
     for indices in _streams(kinds, rungs):
         frame[indices] = reader.take(indices.size).reshape(indices.shape)
     for kind, groups in kinds.items():
-        dropped = groups.refinement[rungs[kind] > 0]
-        frame[dropped] = coarsen.filling(kind.refinement_bits, dropped.shape[1])
+        if kind.refinement_bits and rungs[kind].any():
+            dropped = groups.refinement[rungs[kind] > 0]
+            frame[dropped] = coarsen.filling(kind.refinement_bits, dropped.shape[1])
     frame[rest] = reader.take(rest.size)
     reader.end()
     return frame
@@ -76,11 +77,14 @@ def _streams(kinds: dict[Kind, Groups], rungs: dict[Kind, np.ndarray]) -> Iterat
     """Indices of what is coded together, in order."""
     for kind, groups in kinds.items():
         for rung in range(coarsen.rungs(kind)):
-            rows = rungs[kind] == rung
-            if rows.any():
-                yield groups.base[rows]
-                if rung == 0 and kind.refinement_bits:
-                    yield groups.refinement[rows]
+            rows = np.flatnonzero(rungs[kind] == rung)
+            if not len(rows):
+                continue
+            if len(rows) == len(groups):
+                rows = slice(None)  # no copy
+            yield groups.base[rows]
+            if rung == 0 and kind.refinement_bits:
+                yield groups.refinement[rows]
 
 
 class _Reader:

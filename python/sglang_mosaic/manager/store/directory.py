@@ -54,6 +54,7 @@ class DirectoryTier:
         self._base = root / LAYOUT
         self._lock = threading.Lock()
         self._files: dict[RecordId, _File] = {}
+        self._total = 0
         self._temporaries = 0
         try:
             root.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -75,8 +76,7 @@ class DirectoryTier:
     @property
     def nbytes(self) -> int:
         """Bytes of all files, as of the last look and what was written since."""
-        with self._lock:
-            return sum(file.nbytes for file in self._files.values())
+        return self._total
 
     def ids(self) -> list[RecordId]:
         """All records, as of the last look."""
@@ -99,6 +99,7 @@ class DirectoryTier:
                     _remove(Path(entry.path))
         with self._lock:
             self._files = files
+            self._total = sum(file.nbytes for file in files.values())
 
     def write(self, record: Record) -> bool:
         """Write a record; False: it is too large or the system refuses, and nothing changed."""
@@ -120,8 +121,10 @@ class DirectoryTier:
                 raise
         except OSError:
             return False
+        self._forget(record.id, delete=False)
         with self._lock:
             self._files[record.id] = _File(record.nbytes, time.time())
+            self._total += record.nbytes
         self._make_room()
         return True
 
@@ -162,18 +165,17 @@ class DirectoryTier:
         self.scan()
         with self._lock:
             oldest = sorted(self._files.items(), key=lambda item: item[1].used)
-            total = sum(file.nbytes for file in self._files.values())
-        for record, file in oldest:
-            if total <= self.limit_bytes * LOW_WATER:
+        for record, _ in oldest:
+            if self._total <= self.limit_bytes * LOW_WATER:
                 break
             self._forget(record, delete=True)
-            total -= file.nbytes
 
     def _forget(self, record: RecordId, delete: bool) -> None:
         if delete:
             _remove(self._path(record))
         with self._lock:
-            self._files.pop(record, None)
+            found = self._files.pop(record, None)
+            self._total -= 0 if found is None else found.nbytes
 
     def _path(self, record: RecordId) -> Path:
         kind, key = record
