@@ -101,11 +101,12 @@ def measure_compressors(real: RealFrames, layout: FrameLayout, pages: int) -> tu
 def _planes(layout: FrameLayout, frame: np.ndarray) -> Iterator[bytes]:
     """The bytes of a frame, planes of one kind side by side."""
     kinds, rest = layout.take_apart(layout.numbers(frame))
+    words = frame.view(np.uint32)
     for groups in kinds.values():
-        yield frame[groups.base].tobytes()
+        yield words[groups.base].tobytes()
         if groups.refinement.size:
-            yield frame[groups.refinement].tobytes()
-    yield frame[rest].tobytes()
+            yield words[groups.refinement].tobytes()
+    yield words[rest].tobytes()
 
 
 def _compressors() -> tuple[list[_Compressor], list[str]]:

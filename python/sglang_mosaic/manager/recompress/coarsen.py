@@ -40,6 +40,12 @@ def apply(kind: Kind, rung: int, base: np.ndarray, refinement: np.ndarray) -> tu
     return base, refinement
 
 
+def planes(frame: np.ndarray, groups: Groups, rows: np.ndarray | slice = slice(None)) -> tuple[np.ndarray, np.ndarray]:
+    """Base and refinement planes of groups, uint8 [n, bytes]."""
+    words = frame.view(np.uint32)
+    return words[groups.base[rows]].view(np.uint8), words[groups.refinement[rows]].view(np.uint8)
+
+
 def filling(bits: int, nbytes: int) -> np.ndarray:
     """What stands for dropped bits of a group, uint8 [nbytes]: the codes below and above the middle, token by token."""
     if bits == 1:  # both tokens in one byte, the even one lower
@@ -82,11 +88,16 @@ def coarsen(layout: FrameLayout, frame: np.ndarray, max_error: float) -> Coarsen
     costs = {kind: _costs(kind, groups, frame) for kind, groups in kinds.items()}
     chosen = _choose(costs, room)
     result = frame.copy()
+    words = result.view(np.uint32)
     for kind, groups in kinds.items():
         for rung in np.unique(chosen[kind]).tolist():
             rows = chosen[kind] == rung
-            at, refined = groups.base[rows], groups.refinement[rows]
-            result[at], result[refined] = apply(kind, rung, frame[at], frame[refined])
+            for at, plane in zip(
+                (groups.base[rows], groups.refinement[rows]),
+                apply(kind, rung, *planes(frame, groups, rows)),
+                strict=True,
+            ):
+                words[at] = np.ascontiguousarray(plane).view(np.uint32)
         added = np.take_along_axis(costs[kind], chosen[kind][:, None].astype(np.int64), 1)[:, 0]
         np.add.at(made, groups.segments, added)
     layout.put_errors(result, np.sqrt(made))
@@ -121,7 +132,7 @@ def _bits(kind: Kind) -> np.ndarray:
 
 def _costs(kind: Kind, groups: Groups, frame: np.ndarray) -> np.ndarray:
     """Weighted squared error of every group on every rung, float64 [n, rungs]."""
-    base, refinement = frame[groups.base], frame[groups.refinement]
+    base, refinement = planes(frame, groups)
     before = _codes(kind, base, refinement)
     scales = frame[groups.scales]
     if kind.tensor == "k":

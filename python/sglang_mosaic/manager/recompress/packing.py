@@ -14,7 +14,7 @@ import numpy as np
 import zstandard
 
 from sglang_mosaic.manager.recompress import coarsen
-from sglang_mosaic.manager.recompress.groups import FrameError, FrameLayout, Groups, Kind
+from sglang_mosaic.manager.recompress.groups import WORD, FrameError, FrameLayout, Groups, Kind
 
 LEVEL = 1
 _PARAMETERS = zstandard.ZstdCompressionParameters.from_level(
@@ -36,8 +36,9 @@ def pack(layout: FrameLayout, frame: np.ndarray, rungs: dict[Kind, np.ndarray]) 
     kinds, rest = layout.take_apart(numbers)
     steps = np.concatenate([rungs[kind] for kind in kinds]) if kinds else np.empty(0, np.uint8)
     compressor = zstandard.ZstdCompressor(compression_params=_PARAMETERS)
+    words = frame.view(np.uint32)
     parts = []
-    for data in (numbers, steps, *(frame[at] for at in _streams(kinds, rungs)), frame[rest]):
+    for data in (numbers, steps, *(words[at] for at in _streams(kinds, rungs)), words[rest]):
         packed = compressor.compress(np.ascontiguousarray(data))
         parts += [_LENGTH.pack(len(packed)), packed]
     return b"".join(parts)
@@ -54,27 +55,29 @@ def unpack(layout: FrameLayout, data: bytes) -> np.ndarray:
     layout.check(numbers)
     kinds, rest = layout.take_apart(numbers)
     steps = reader.take(sum(len(groups) for groups in kinds.values()))
-    rungs, at = {}, 0
+    rungs, first = {}, 0
     for kind, groups in kinds.items():
-        rungs[kind] = steps[at : at + len(groups)]
-        at += len(groups)
+        rungs[kind] = steps[first : first + len(groups)]
+        first += len(groups)
         if rungs[kind].max() >= coarsen.rungs(kind):
             raise FrameError(f"a group is on rung {rungs[kind].max()} of {coarsen.rungs(kind)}")
-    frame = np.empty(layout.frame_bytes, np.uint8)
-    layout.put_numbers(frame, numbers)
-    for indices in _streams(kinds, rungs):
-        frame[indices] = reader.take(indices.size).reshape(indices.shape)
+    words = np.empty(layout.frame_bytes // WORD, np.uint32)
+    for at in _streams(kinds, rungs):
+        words[at] = reader.take(at.size * WORD).view(np.uint32).reshape(at.shape)
     for kind, groups in kinds.items():
         if kind.refinement_bits and rungs[kind].any():
             dropped = groups.refinement[rungs[kind] > 0]
-            frame[dropped] = coarsen.filling(kind.refinement_bits, dropped.shape[1])
-    frame[rest] = reader.take(rest.size)
+            words[dropped] = coarsen.filling(kind.refinement_bits, dropped.shape[1] * WORD).view(np.uint32)
+    words[rest] = reader.take(rest.size * WORD).view(np.uint32)
     reader.end()
+    frame = words.view(np.uint8)
+    if not np.array_equal(layout.numbers(frame), numbers):
+        raise FrameError("a packed frame has other formats than it says")
     return frame
 
 
 def _streams(kinds: dict[Kind, Groups], rungs: dict[Kind, np.ndarray]) -> Iterator[np.ndarray]:
-    """Indices of what is coded together, in order."""
+    """Words of what is coded together, in order."""
     for kind, groups in kinds.items():
         for rung in range(coarsen.rungs(kind)):
             rows = np.flatnonzero(rungs[kind] == rung)
