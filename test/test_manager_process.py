@@ -23,6 +23,7 @@ from sglang_mosaic.manager.options import ManagerOptions
 from sglang_mosaic.manager.store.directory import DirectoryTier
 from sglang_mosaic.manager.supervisor import Supervisor
 from sglang_mosaic.manager.zmq_client import Link, ZmqClient
+from sglang_mosaic.wire.messages import RecordKind
 from sglang_mosaic.wire.slots import SlotMemory
 
 OPTIONS = ManagerOptions(
@@ -36,7 +37,6 @@ OPTIONS = ManagerOptions(
     most_backoff_s=0.02,
 )
 KILLS = 100
-TESTS = Path(__file__).parent
 
 
 @pytest.fixture
@@ -177,6 +177,19 @@ def test_pauses_between_restarts_grow(caplog: pytest.LogCaptureFixture) -> None:
         memory.close()
 
 
+def test_a_system_without_processes_is_a_pause(client: ZmqClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise BlockingIOError("Resource temporarily unavailable")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(subprocess, "Popen", refuse)
+        until(client, lambda: client.counters.deaths == 2)
+        assert client.lookup(frames().keys[0]) is Lookup.MISS
+        assert not client.put(frames().keys[0], frames().meta, frames().frames[0])
+        assert answer(client, client.fetch(frames().keys[0])).status is Status.MISS
+    until(client, lambda: client.connected)
+
+
 def test_nothing_waits_for_a_manager_that_is_stopped(client: ZmqClient) -> None:
     case = frames()
     until(client, lambda: client.connected)
@@ -196,21 +209,23 @@ def test_nothing_waits_for_a_manager_that_is_stopped(client: ZmqClient) -> None:
 
 OWNER = """
 import itertools, os, sys, time
-sys.path.insert(0, sys.argv[1])
-from manager_cases import frames
+from pathlib import Path
 from sglang_mosaic.manager.options import ManagerOptions
 from sglang_mosaic.manager.zmq_client import ZmqClient
 from sglang_mosaic.manager.keys import namespace, page_keys
-case = frames()
-client = ZmqClient(ManagerOptions(slot_bytes=len(case.frames[0]), nice=0, disk=sys.argv[2], disk_bytes=1 << 20))
-client.put_epoch(case.epoch.hash, case.epoch_bytes)
+from sglang_mosaic.wire.messages import Meta, RecordKind
+pages, epoch, hash_, slot_bytes, disk = sys.argv[1:]
+pages, slot_bytes = Path(pages).read_bytes(), int(slot_bytes)
+pages = [pages[at : at + slot_bytes] for at in range(0, len(pages), slot_bytes)]
+client = ZmqClient(ManagerOptions(slot_bytes=slot_bytes, nice=0, disk=disk, disk_bytes=1 << 20))
+client.put_epoch(hash_, Path(epoch).read_bytes())
 while not client.connected:
     client.poll()
     time.sleep(0.001)
 print(client.manager_pid, client._directory, flush=True)
 for i in itertools.count():
     (key,) = page_keys(namespace(os.getpid(), i), range(64))
-    client.put(key, case.meta, case.frames[i % len(case.frames)])
+    client.put(key, Meta(RecordKind.PAGE, 3, hash_), pages[i % len(pages)])
     client.poll()
     time.sleep(0.0005)
 """
@@ -221,11 +236,15 @@ def test_kill_9_of_the_server_while_the_store_is_written(tmp_path: Path, monkeyp
     # Sockets need a short path.
     temporary, store = Path(tempfile.mkdtemp()), tmp_path / "store"
     monkeypatch.setattr("tempfile.tempdir", str(temporary))
+    # Without torch the owner starts quickly.
+    pages, epoch = tmp_path / "pages", tmp_path / "epoch"
+    pages.write_bytes(b"".join(case.frames))
+    epoch.write_bytes(case.epoch_bytes)
     shared = set(os.listdir("/dev/shm"))
     rng = random.Random(1)
     for _ in range(4):
         owner = subprocess.Popen(
-            [sys.executable, "-c", OWNER, str(TESTS), str(store)],
+            [sys.executable, "-c", OWNER, str(pages), str(epoch), case.epoch.hash, str(OPTIONS.slot_bytes), str(store)],
             stdout=subprocess.PIPE,
             env={**os.environ, "TMPDIR": str(temporary)},
         )
@@ -251,8 +270,8 @@ def test_kill_9_of_the_server_while_the_store_is_written(tmp_path: Path, monkeyp
     client = ZmqClient(dataclasses.replace(OPTIONS, disk=str(store)))
     try:
         until(client, lambda: client.connected)
-        pages = [key for kind, key in tier.ids() if len(key) == 16 and kind == 0]
-        found = answer(client, client.fetch(pages[0], timeout_s=10.0))
+        key = next(key for kind, key in tier.ids() if kind is RecordKind.PAGE)
+        found = answer(client, client.fetch(key, timeout_s=10.0))
         assert found.status is Status.OK
         assert found.data in case.frames
     finally:

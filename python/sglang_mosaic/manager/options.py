@@ -50,6 +50,9 @@ class ManagerOptions:
         for name in ("slot_bytes", "host_bytes", "disk_bytes", "calibration_threads"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}: got {getattr(self, name)}, give at least 1.")
+        for name in ("host_raw_bytes", "nice"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name}: got {getattr(self, name)}, give 0 or more.")
         if self.slots < 2:
             raise ConfigError(f"slots: got {self.slots}, give at least 2: one for each direction.")
         if not 0.0 <= self.host_max_error < 1.0:

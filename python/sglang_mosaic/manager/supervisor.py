@@ -58,6 +58,11 @@ class Supervisor:
         )
         self._started = time.monotonic()
 
+    def not_started(self, error: OSError) -> None:
+        """The system refused a process or its memory; begins the pause."""
+        self._started = time.monotonic()
+        self._lost(f"could not be started ({error})")
+
     def ended(self) -> bool:
         """Whether the process has ended since it was asked last; says so in the log, and begins the pause."""
         if self._process is None or self._process.poll() is None:

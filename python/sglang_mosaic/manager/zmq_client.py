@@ -75,7 +75,11 @@ class ZmqClient(SlottedClient):
             if self._supervisor.ended():
                 self._lost()
             elif self._supervisor.due:
-                self._start()
+                try:
+                    self._start()
+                except OSError as error:
+                    self._supervisor.not_started(error)
+                    self._lost()
         # What arrived is looked at before anybody is called silent: it may be this side that slept.
         completions = super().poll()
         if not self._closed and self._supervisor.pid is not None:
