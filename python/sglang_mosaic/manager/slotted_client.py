@@ -12,6 +12,7 @@ from sglang_mosaic.manager.client import ClientCounters, Completion, Lookup, Man
 from sglang_mosaic.manager.keys import epoch_key, statistics_key
 from sglang_mosaic.manager.options import ManagerOptions
 from sglang_mosaic.manager.store.record import RecordId
+from sglang_mosaic.manager.under_way import Calibration, FetchUnderWay, PutUnderWay, Upload
 from sglang_mosaic.wire import messages as wire
 from sglang_mosaic.wire.messages import Meta, RecordKind, Slot, WireError
 from sglang_mosaic.wire.slots import SlotAllocator, SlotMemory
@@ -20,51 +21,6 @@ EPOCHS = 4
 """Epochs that are given to a new manager again."""
 MESSAGES_PER_POLL = 256
 """Most messages that one poll looks at: bounds its time."""
-
-
-@dataclasses.dataclass
-class _Put:
-    """A payload on its way to the manager."""
-
-    record: RecordId
-    slot: Slot
-    upload: _Upload | None = None
-
-
-@dataclasses.dataclass(eq=False)
-class _Upload:
-    """A record that is larger than a slot."""
-
-    key: bytes
-    meta: Meta
-    data: bytes
-    offset: int = 0
-    unanswered: int = 0
-    calibration: _Calibration | None = None
-
-
-@dataclasses.dataclass
-class _Fetch:
-    """A record on its way from the manager, part by part."""
-
-    ticket: Ticket
-    record: RecordId
-    slot: Slot
-    deadline: float
-    parts: bytearray = dataclasses.field(default_factory=bytearray)
-    total: int | None = None
-    meta: Meta | None = None
-    """Of the first part; later ones must have the same."""
-
-
-@dataclasses.dataclass
-class _Calibration:
-    """Statistics on their way to the manager, then a calibration that it runs."""
-
-    ticket: Ticket
-    deadline: float
-    sent: int | None = None
-    """Ticket of the message."""
 
 
 class SlottedClient(ManagerClient):
@@ -81,7 +37,7 @@ class SlottedClient(ManagerClient):
         self._completions: list[Completion] = []
         self._known: set[RecordId] = set()
         self._epochs: OrderedDict[str, bytes] = OrderedDict()
-        self._calibrations: dict[Ticket, _Calibration] = {}
+        self._calibrations: dict[Ticket, Calibration] = {}
         self._metrics: dict = {}
         self._begin(SlotMemory.create(options.slots, options.slot_bytes))
 
@@ -109,7 +65,7 @@ class SlottedClient(ManagerClient):
         if record in self._known or record in self._pending:
             self.counters.puts_known += 1
             return True
-        if not self._hand_over(_Put(record, Slot(0, 0)), meta, data):
+        if not self._hand_over(PutUnderWay(record, Slot(0, 0)), meta, data):
             self.counters.puts_dropped += 1
             return False
         self._pending.add(record)
@@ -134,7 +90,7 @@ class SlottedClient(ManagerClient):
     def fetch(self, key: bytes, *, timeout_s: float = 1.0, kind: RecordKind = RecordKind.PAGE) -> Ticket:
         ticket = next(self._numbers)
         self.counters.fetches += 1
-        self._ask(_Fetch(ticket, (kind, key), Slot(0, 0), time.monotonic() + timeout_s))
+        self._ask(FetchUnderWay(ticket, (kind, key), Slot(0, 0), time.monotonic() + timeout_s))
         return ticket
 
     def fetch_epoch(self, hash_: str, *, timeout_s: float = 10.0) -> Ticket:
@@ -142,10 +98,10 @@ class SlottedClient(ManagerClient):
 
     def calibrate(self, statistics: bytes, *, timeout_s: float = 300.0) -> Ticket:
         ticket = next(self._numbers)
-        calibration = self._calibrations[ticket] = _Calibration(ticket, time.monotonic() + timeout_s)
+        calibration = self._calibrations[ticket] = Calibration(ticket, time.monotonic() + timeout_s)
         if self.connected:
             meta = Meta(RecordKind.STATISTICS)
-            self._uploads.append(_Upload(statistics_key(ticket), meta, statistics, calibration=calibration))
+            self._uploads.append(Upload(statistics_key(ticket), meta, statistics, calibration=calibration))
             self._send_uploads()
         else:
             self._end(ticket, Status.MISS)
@@ -195,10 +151,10 @@ class SlottedClient(ManagerClient):
         self._stale = getattr(self, "_stale", 0) + (self._slots.stale if hasattr(self, "_slots") else 0)
         self._slots = SlotAllocator(memory.slots)
         self._known.clear()
-        self._puts: dict[int, _Put] = {}
-        self._fetches: dict[int, _Fetch] = {}
+        self._puts: dict[int, PutUnderWay] = {}
+        self._fetches: dict[int, FetchUnderWay] = {}
         self._pending: set[RecordId] = set()
-        self._uploads: deque[_Upload] = deque()
+        self._uploads: deque[Upload] = deque()
 
     def _drop_outstanding(self) -> None:
         """Nobody will answer: everything under way ends as a miss, and its slots are free again."""
@@ -223,7 +179,9 @@ class SlottedClient(ManagerClient):
 
     # Puts.
 
-    def _hand_over(self, put: _Put, meta: Meta, data: bytes | memoryview, offset: int = 0, total: int = 0) -> bool:
+    def _hand_over(
+        self, put: PutUnderWay, meta: Meta, data: bytes | memoryview, offset: int = 0, total: int = 0
+    ) -> bool:
         if not self.connected:
             return False
         number = next(self._numbers)
@@ -246,7 +204,7 @@ class SlottedClient(ManagerClient):
         for hash_, data in self._epochs.items():
             key = epoch_key(hash_)
             if self.connected and key not in waiting and (RecordKind.EPOCH, key) not in self._known:
-                self._uploads.append(_Upload(key, Meta(RecordKind.EPOCH), data))
+                self._uploads.append(Upload(key, Meta(RecordKind.EPOCH), data))
         self._send_uploads()
 
     def _send_uploads(self) -> None:
@@ -256,7 +214,7 @@ class SlottedClient(ManagerClient):
             if upload.offset >= len(upload.data):
                 return
             part = memoryview(upload.data)[upload.offset : upload.offset + self._memory.slot_bytes]
-            put = _Put((upload.meta.kind, upload.key), Slot(0, 0), upload)
+            put = PutUnderWay((upload.meta.kind, upload.key), Slot(0, 0), upload)
             if not self._hand_over(put, upload.meta, part, upload.offset, len(upload.data)):
                 return
             upload.offset += len(part)
@@ -264,7 +222,7 @@ class SlottedClient(ManagerClient):
 
     # Fetches.
 
-    def _ask(self, fetch: _Fetch) -> None:
+    def _ask(self, fetch: FetchUnderWay) -> None:
         number = next(self._numbers)
         slot = self._slots.take(number) if self.connected else None
         if slot is None:
@@ -280,7 +238,7 @@ class SlottedClient(ManagerClient):
             self._slots.give_back(number, slot)
             self._finish(fetch, None)
 
-    def _finish(self, fetch: _Fetch, data: bytes | None) -> None:
+    def _finish(self, fetch: FetchUnderWay, data: bytes | None) -> None:
         if data is None:
             self.counters.misses += 1
             self._end(fetch.ticket, Status.MISS, fetch.record[1])
@@ -334,7 +292,7 @@ class SlottedClient(ManagerClient):
         else:
             self._part_stored(put.upload, reply.accepted)
 
-    def _part_stored(self, upload: _Upload, accepted: bool) -> None:
+    def _part_stored(self, upload: Upload, accepted: bool) -> None:
         upload.unanswered -= 1
         if not accepted:
             self._uploads = deque(other for other in self._uploads if other is not upload)
@@ -367,7 +325,7 @@ class SlottedClient(ManagerClient):
             fetch.parts += data
             self._ask(fetch)
 
-    def _part(self, fetch: _Fetch, reply: wire.Fetched) -> bytes | None:
+    def _part(self, fetch: FetchUnderWay, reply: wire.Fetched) -> bytes | None:
         """Checked bytes of a part; None: a miss."""
         if reply.payload is None or reply.meta is None:
             return None
@@ -397,4 +355,4 @@ class SlottedClient(ManagerClient):
         del self._calibrations[calibration.ticket]
         record = RecordKind.EPOCH, reply.key
         self.counters.fetches += 1
-        self._ask(_Fetch(calibration.ticket, record, Slot(0, 0), calibration.deadline))
+        self._ask(FetchUnderWay(calibration.ticket, record, Slot(0, 0), calibration.deadline))
