@@ -12,12 +12,13 @@ PRODUCT = ROOT / "python" / "sglang_mosaic"
 
 FLOORS = {
     "errors": 0, "page": 0, "layout": 0, "config": 0, "torchvision_compat": 0,
-    "pool": 1, "codec": 1,
+    "pool": 1, "codec": 1, "wire": 1,
+    "manager": 2,
     "cache": 3,
     "adapter": 4,
     "launch_server": 5, "cli": 5, "calibrate": 5, "doctor": 5, "embedded_model": 5,
 }  # fmt: skip
-PEERS = {"pool", "codec"}
+PEERS = {"pool", "codec", "wire"}
 
 
 def part_of(path: Path) -> str:

@@ -41,6 +41,18 @@ class LayerStatistics(NamedTuple):
     """Real keys and values."""
 
 
+class CalibrationInput(NamedTuple):
+    """All that a calibration depends on."""
+
+    layers: list[LayerStatistics]
+    frame_bytes: int
+    """Of one page, all layers and heads, a multiple of 16."""
+    scale: float
+    """Factor of the logits."""
+    page_size: int
+    """Tokens of a page."""
+
+
 class _Pages(NamedTuple):
     """Rotated pages of one layer, [H, P, T, D] float32."""
 

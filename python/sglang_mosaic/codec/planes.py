@@ -19,7 +19,7 @@ from mosaic_kernels.segment_table import HeadFormats, kernels_can
 from sglang_mosaic.codec import strategies
 from sglang_mosaic.codec.base import Codec, Epoch, LayerSample, check_pages
 from sglang_mosaic.codec.basis import value_weights
-from sglang_mosaic.codec.calibration import LayerStatistics, make_plan
+from sglang_mosaic.codec.calibration import CalibrationInput, LayerStatistics, make_plan
 from sglang_mosaic.codec.encoding import FORMAT, Segments, by_format, encode_segments
 from sglang_mosaic.codec.plan import Format, LayerPlan, plan_hash
 from sglang_mosaic.codec.statistics import QueryStatistics, by_kv_head
@@ -221,6 +221,14 @@ class PlanesCodec(Codec):
             self._queries.observe(layer, q)
 
     def calibrate(self, samples: list[LayerSample]) -> PlanesEpoch:
+        return calibrate(self.statistics(samples))
+
+    def statistics(self, samples: list[LayerSample]) -> CalibrationInput:
+        """All that a calibration depends on, as of now; another process may run it (`calibrate`).
+
+        Raises:
+            ValueError: a shape does not fit.
+        """
         layers, heads, k_dim, v_dim = self._shape
         if len(samples) != layers:
             raise ValueError(f"samples must be of {layers} layers, got {len(samples)}")
@@ -231,7 +239,16 @@ class PlanesCodec(Codec):
             for layer, sample in enumerate(samples)
         ]
         self._queries.renew()
-        return PlanesEpoch(make_plan(statistics, self._frame_bytes, self._scale), self.page_size)
+        return CalibrationInput(statistics, self._frame_bytes, self._scale, self.page_size)
+
+
+def calibrate(given: CalibrationInput) -> PlanesEpoch:
+    """The epoch of some statistics. Pure.
+
+    Raises:
+        ValueError: a value is not finite.
+    """
+    return PlanesEpoch(make_plan(given.layers, given.frame_bytes, given.scale), given.page_size)
 
 
 def _spans(sizes: Iterable[int]) -> list[slice]:

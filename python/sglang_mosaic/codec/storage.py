@@ -1,15 +1,17 @@
-"""Epochs as files: safetensors with the bases, and the plan as JSON in its metadata. Nothing in it is executed."""
+"""Epochs as files or bytes: safetensors with the bases, and the plan as JSON in its metadata. Nothing in it is
+executed."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load, save, save_file
 
 from mosaic_kernels.segment import SegmentFormat
 from mosaic_kernels.topk.segment import TopKFormat
@@ -29,15 +31,9 @@ def save_epoch(epoch: PlanesEpoch, path: Path) -> None:
     Raises:
         OSError: it cannot be written.
     """
-    tensors = {
-        f"{layer}.{name}": matrix.detach().cpu().contiguous()
-        for layer, plan in enumerate(epoch.layers)
-        for name, matrix in plan.basis._asdict().items()
-    }
-    heads = [[_head_to_json(head) for head in plan.heads] for plan in epoch.layers]
-    metadata = {"version": VERSION, "hash": epoch.hash, "page_size": str(epoch.page_size), "heads": json.dumps(heads)}
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
+        tensors, metadata = _contents(epoch)
         save_file(tensors, partial, metadata)
         os.replace(partial, path)
     except SafetensorError as error:
@@ -54,28 +50,76 @@ def load_epoch(path: Path, device: torch.device | str = "cpu") -> PlanesEpoch:
     """
     try:
         with safe_open(path, framework="pt", device=str(device)) as file:
-            metadata = file.metadata() or {}
-            _check_version(path, metadata)
-            layers = []
-            for layer, heads in enumerate(json.loads(metadata["heads"])):
-                basis = LayerBasis(*(file.get_tensor(f"{layer}.{name}") for name in LayerBasis._fields))
-                layers.append(LayerPlan(basis, tuple(_head_from_json(head) for head in heads)))
+            return _epoch(str(path), file.metadata() or {}, file.get_tensor)
+    except (OSError, SafetensorError) as error:
+        raise _no_calibration(str(path), error) from error
+
+
+def epoch_to_bytes(epoch: PlanesEpoch) -> bytes:
+    """What `save_epoch` writes."""
+    tensors, metadata = _contents(epoch)
+    return save(tensors, metadata)
+
+
+def epoch_from_bytes(data: bytes, device: torch.device | str = "cpu") -> PlanesEpoch:
+    """The inverse of `epoch_to_bytes`.
+
+    Raises:
+        ConfigError: the bytes are damaged or of another version.
+    """
+    try:
+        tensors, metadata = load(data), metadata_of(data)
+    except (SafetensorError, ValueError) as error:
+        raise _no_calibration("bytes of an epoch", error) from error
+    return _epoch("bytes of an epoch", metadata, lambda name: tensors[name].to(device))
+
+
+def metadata_of(data: bytes) -> dict[str, str]:
+    """Metadata of a safetensors file.
+
+    Raises:
+        ValueError: it is none.
+    """
+    length = int.from_bytes(data[:8], "little")
+    return json.loads(data[8 : 8 + length]).get("__metadata__") or {}
+
+
+def _contents(epoch: PlanesEpoch) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    tensors = {
+        f"{layer}.{name}": matrix.detach().cpu().contiguous()
+        for layer, plan in enumerate(epoch.layers)
+        for name, matrix in plan.basis._asdict().items()
+    }
+    heads = [[_head_to_json(head) for head in plan.heads] for plan in epoch.layers]
+    metadata = {"version": VERSION, "hash": epoch.hash, "page_size": str(epoch.page_size), "heads": json.dumps(heads)}
+    return tensors, metadata
+
+
+def _epoch(source: str, metadata: dict[str, str], tensor: Callable[[str], torch.Tensor]) -> PlanesEpoch:
+    _check_version(source, metadata)
+    try:
+        layers = []
+        for layer, heads in enumerate(json.loads(metadata["heads"])):
+            basis = LayerBasis(*(tensor(f"{layer}.{name}") for name in LayerBasis._fields))
+            layers.append(LayerPlan(basis, tuple(_head_from_json(head) for head in heads)))
         epoch = PlanesEpoch(layers, int(metadata["page_size"]))
         intact = epoch.hash == metadata["hash"]
-    except ConfigError:
-        raise
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise ConfigError(f"{path}: not a calibration ({error}); write one with sglang-mosaic calibrate.") from error
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise _no_calibration(source, error) from error
     if not intact:
-        raise ConfigError(f"{path}: its contents do not match its hash; write it again with sglang-mosaic calibrate.")
+        raise ConfigError(f"{source}: its contents do not match its hash; write it again with sglang-mosaic calibrate.")
     return epoch
 
 
-def _check_version(path: Path, metadata: dict[str, str]) -> None:
+def _no_calibration(source: str, error: Exception) -> ConfigError:
+    return ConfigError(f"{source}: not a calibration ({error}); write one with sglang-mosaic calibrate.")
+
+
+def _check_version(source: str, metadata: dict[str, str]) -> None:
     found = metadata.get("version")
     if found != VERSION:
         raise ConfigError(
-            f"{path}: found version {found} of a calibration, expected {VERSION}; write it again with "
+            f"{source}: found version {found} of a calibration, expected {VERSION}; write it again with "
             "sglang-mosaic calibrate."
         )
 

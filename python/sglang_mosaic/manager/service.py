@@ -1,0 +1,261 @@
+"""What the manager does: requests in, replies out. Knows no socket; the process and the in-process client drive it.
+
+`handle` answers everything that a server may wait for: reading payloads, restoring, looking up. `work` is one step of
+what nobody waits for, compressing and writing, for a thread of lower standing. A calibration runs in a process of its
+own. So a restore waits for a share of one core at worst, never for an SVD.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+from sglang_mosaic.manager.calibrator import Calibrator
+from sglang_mosaic.manager.keys import epoch_key
+from sglang_mosaic.manager.metrics import ManagerMetrics
+from sglang_mosaic.manager.options import ManagerOptions
+from sglang_mosaic.manager.recompress.groups import FrameError
+from sglang_mosaic.manager.recompress.recompressor import Recompressor
+from sglang_mosaic.manager.store.directory import DirectoryTier
+from sglang_mosaic.manager.store.eviction import LeastRecentlyUsed
+from sglang_mosaic.manager.store.memory import MemoryTier
+from sglang_mosaic.manager.store.record import EPOCH_BYTES, Form, Record
+from sglang_mosaic.manager.store.tiers import Change, Store
+from sglang_mosaic.wire import messages as wire
+from sglang_mosaic.wire.messages import RecordKind, WireError
+from sglang_mosaic.wire.slots import SlotMemory, checksum
+
+MOST_RECORD_BYTES = 1 << 30
+"""Largest record that is put in parts."""
+MOST_UPLOADS = 2
+"""Records that may be half here at a time."""
+
+
+class Service:
+    """One manager's state.
+
+    Args:
+        slots: the owner's shared memory.
+        options: limits.
+    """
+
+    def __init__(self, slots: SlotMemory, options: ManagerOptions) -> None:
+        self.metrics = ManagerMetrics()
+        self.leaving = False
+        """The owner said goodbye."""
+        directory = None if options.disk is None else DirectoryTier(Path(options.disk), options.disk_bytes)
+        memory = MemoryTier(options.host_bytes, LeastRecentlyUsed())
+        self.store = Store(memory, directory, options.host_raw_bytes)
+        self._slots = slots
+        self._recompressor = Recompressor(options.host_max_error, self._epoch)
+        self._calibrator = Calibrator(options.calibration_threads)
+        self._uploads: dict[bytes, bytearray] = {}
+        self._statistics: dict[bytes, bytes] = {}
+        self._last_ticket = 0
+        self._rescan_s = options.rescan_s
+        self._next_scan = time.monotonic() + options.rescan_s
+
+    @property
+    def busy(self) -> bool:
+        """Whether something may end without a message."""
+        return self.store.backlog > 0 or self._calibrator.running
+
+    def hello(self) -> list[wire.Reply]:
+        """What a manager says first: all that it has, then that it is ready."""
+        return [*_as_messages(Change(record, True) for record in self.store.ids()), wire.Ready(pid=os.getpid())]
+
+    def handle(self, data: bytes) -> list[wire.Reply]:
+        """Answer one message; what is none is counted and not answered."""
+        try:
+            request = wire.decode_request(data)
+            if request.ticket <= self._last_ticket:
+                raise WireError(f"ticket {request.ticket} after {self._last_ticket}: a replay")
+        except WireError:
+            self.metrics.refused_messages += 1
+            return []
+        self._last_ticket = request.ticket
+        if isinstance(request, wire.Put):
+            return [self._put(request)]
+        if isinstance(request, wire.Fetch):
+            return [self._fetch(request)]
+        if isinstance(request, wire.Calibrate):
+            return self._calibrate(request)
+        if isinstance(request, wire.Cancel):
+            self._calibrator.cancel(request.cancelled)
+            return []
+        if isinstance(request, wire.Ping):
+            return [wire.Pong(ticket=request.ticket, metrics=self._gauged().as_dict())]
+        self.leaving = True
+        return []
+
+    def collect(self) -> list[wire.Reply]:
+        """What happened besides: calibrations that are done, records that came or went."""
+        done: list[wire.Reply] = []
+        for ticket, hash_, epoch in self._calibrator.poll():
+            key = epoch_key(hash_)
+            if epoch is not None and self._keep(key, wire.Meta(RecordKind.EPOCH), epoch):
+                self.metrics.calibrations += 1
+                done.append(wire.Calibrated(ticket=ticket, key=key))
+            else:
+                self.metrics.calibrations_failed += 1
+                done.append(wire.Calibrated(ticket=ticket, error="the calibration failed; the manager's log says why"))
+        # Before the answers that speak of them.
+        return [*_as_messages(self.store.take_changes()), *done]
+
+    def work(self, flush: bool = False) -> bool:
+        """Compress and write one record, or look at the directory; False: nothing was to be done."""
+        if time.monotonic() > self._next_scan:
+            self.store.rescan()
+            self._next_scan = time.monotonic() + self._rescan_s
+        record = self.store.next(flush)
+        if record is None:
+            return False
+        try:
+            if not self._recompressor.ready(record):
+                self.store.park(record)
+                return True
+            smaller = self._recompressor.compress(record)
+        except FrameError:
+            # It would never be read as a frame.
+            self.metrics.refused_records += 1
+            self.store.remove(record.id)
+            return True
+        if smaller is not None:
+            self.metrics.recompressed += 1
+            self.metrics.recompressed_from += len(record.body)
+            self.metrics.recompressed_to += len(smaller.body)
+        self.store.settle(record, smaller or record)
+        return True
+
+    def close(self) -> None:
+        """End what still runs."""
+        self._calibrator.close()
+
+    def _put(self, request: wire.Put) -> wire.Stored:
+        accepted = False
+        try:
+            accepted = self._receive(request, self._slots.read(request.payload, request.key))
+        except WireError:
+            self.metrics.refused_payloads += 1
+            self._uploads.pop(request.key, None)
+        return wire.Stored(ticket=request.ticket, slot=request.payload.slot, accepted=accepted)
+
+    def _receive(self, request: wire.Put, data: bytes) -> bool:
+        """A whole record, or the next part of one."""
+        meta = request.meta
+        if len(meta.epoch) > EPOCH_BYTES or not meta.epoch.isascii() or not 0 <= meta.revision < 1 << 32:
+            raise WireError(f"revision {meta.revision} of epoch {meta.epoch[:EPOCH_BYTES]!r}")
+        total = request.total
+        if request.offset < 0 or not data or not request.offset + len(data) <= total <= MOST_RECORD_BYTES:
+            raise WireError(f"bytes {request.offset} to {request.offset + len(data)} of {total}")
+        if len(data) < total:
+            if request.offset == 0:
+                while len(self._uploads) >= MOST_UPLOADS:
+                    self._uploads.pop(next(iter(self._uploads)))
+                self._uploads[request.key] = bytearray()
+            parts = self._uploads.get(request.key)
+            if parts is None or len(parts) != request.offset:
+                raise WireError(f"a part of a record at {request.offset} that does not follow the one before")
+            parts += data
+            if len(parts) < total:
+                return True
+            data = bytes(self._uploads.pop(request.key))
+        if request.meta.kind is RecordKind.STATISTICS:
+            self._statistics = {request.key: data}  # one calibration at a time
+            return True
+        return self._keep(request.key, request.meta, data)
+
+    def _keep(self, key: bytes, meta: wire.Meta, data: bytes) -> bool:
+        if not self.store.put(Record(key, meta, Form.RAW, len(data), checksum(key, data), data)):
+            self.metrics.refused_full += 1
+            return False
+        self.metrics.stored += 1
+        return True
+
+    def _fetch(self, request: wire.Fetch) -> wire.Fetched:
+        start = time.monotonic()
+        self.metrics.fetches += 1
+        miss = wire.Fetched(ticket=request.ticket, slot=request.slot, key=request.key)
+        if start > request.deadline:
+            self.metrics.expired += 1
+            return miss
+        record_id = request.kind, request.key
+        in_memory = record_id in self.store.memory
+        record = self.store.get(record_id)
+        if record is None:
+            self.metrics.misses += 1
+            return miss
+        try:
+            data = self._recompressor.restore(record)
+        except FrameError:
+            self.metrics.refused_records += 1
+            self.metrics.misses += 1
+            self.store.remove(record_id)
+            return miss
+        part = memoryview(data)[request.offset : request.offset + self._slots.slot_bytes]
+        if request.offset < 0 or not part:
+            self.metrics.refused_messages += 1
+            return miss
+        try:
+            payload = self._slots.write(request.slot, request.key, part)
+        except WireError:
+            self.metrics.refused_messages += 1
+            return miss
+        if in_memory:
+            self.metrics.hits_memory += 1
+        else:
+            self.metrics.hits_disk += 1
+        self.metrics.restore.add(time.monotonic() - start)
+        return wire.Fetched(
+            ticket=request.ticket,
+            slot=request.slot,
+            key=request.key,
+            meta=record.meta,
+            payload=payload,
+            total=len(data),
+        )
+
+    def _calibrate(self, request: wire.Calibrate) -> list[wire.Reply]:
+        statistics = self._statistics.pop(request.key, None)
+        if statistics is None:
+            return [wire.Calibrated(ticket=request.ticket, error="the statistics are not here")]
+        if not self._calibrator.start(request.ticket, statistics):
+            return [wire.Calibrated(ticket=request.ticket, error="another calibration is running")]
+        return []
+
+    def _epoch(self, hash_: str) -> bytes | None:
+        record = self.store.get((RecordKind.EPOCH, epoch_key(hash_)))
+        return None if record is None else record.body
+
+    def _gauged(self) -> ManagerMetrics:
+        metrics, memory, directory = self.metrics, self.store.memory, self.store.directory
+        metrics.memory_records, metrics.memory_bytes = len(memory), memory.nbytes
+        metrics.memory_restored_bytes = memory.restored_bytes
+        if directory is not None:
+            metrics.disk_records, metrics.disk_bytes = len(directory), directory.nbytes
+        metrics.backlog = self.store.backlog
+        metrics.evicted = self.store.evicted
+        return metrics
+
+
+def _as_messages(changes: Iterable[Change]) -> list[wire.Reply]:
+    """As few messages as keep the order."""
+    messages: list[wire.Reply] = []
+    run: list[bytes] = []
+    last: tuple[RecordKind, bool] | None = None
+
+    def end() -> None:
+        if run and last is not None:
+            kind, known = last
+            messages.append((wire.Known if known else wire.Gone)(kind=kind, keys=b"".join(run)))
+            run.clear()
+
+    for (kind, key), known in changes:
+        if (kind, known) != last or len(run) == wire.KEYS_PER_MESSAGE:
+            end()
+            last = kind, known
+        run.append(key)
+    end()
+    return messages

@@ -1,0 +1,358 @@
+"""The client's logic, whatever carries the messages: tickets, slots, the local index, deadlines, uploads in parts."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import time
+from abc import abstractmethod
+from collections import OrderedDict, deque
+
+from sglang_mosaic.manager.client import ClientCounters, Completion, Lookup, ManagerClient, Status, Ticket
+from sglang_mosaic.manager.keys import epoch_key, statistics_key
+from sglang_mosaic.manager.options import ManagerOptions
+from sglang_mosaic.manager.store.record import RecordId
+from sglang_mosaic.manager.under_way import Calibration, FetchUnderWay, PutUnderWay, Upload
+from sglang_mosaic.wire import messages as wire
+from sglang_mosaic.wire.messages import Meta, RecordKind, Slot, WireError
+from sglang_mosaic.wire.slots import SlotAllocator, SlotMemory
+
+EPOCHS = 4
+"""Epochs that are given to a new manager again."""
+MESSAGES_PER_POLL = 256
+"""Most messages that one poll looks at: bounds its time."""
+
+
+class SlottedClient(ManagerClient):
+    """Everything but the way of the messages.
+
+    Args:
+        options: sizes and times.
+    """
+
+    def __init__(self, options: ManagerOptions) -> None:
+        self.options = options
+        self.counters = ClientCounters()
+        self._numbers = itertools.count(1)
+        self._completions: list[Completion] = []
+        self._known: set[RecordId] = set()
+        self._epochs: OrderedDict[str, bytes] = OrderedDict()
+        self._calibrations: dict[Ticket, Calibration] = {}
+        self._metrics: dict = {}
+        self._begin(SlotMemory.create(options.slots, options.slot_bytes))
+
+    # What a way of messages has to offer.
+
+    @property
+    @abstractmethod
+    def connected(self) -> bool:
+        """Whether there is a manager that answers."""
+
+    @abstractmethod
+    def _send(self, data: bytes) -> bool:
+        """Send a message without waiting; False: there is no room, or nobody to send it to."""
+
+    @abstractmethod
+    def _receive(self) -> bytes | None:
+        """The next message, if there is one."""
+
+    # The contract.
+
+    def put(self, key: bytes, meta: Meta, data: bytes | memoryview) -> bool:
+        if not 0 < len(data) <= self._memory.slot_bytes:
+            raise ValueError(f"data must have 1 to {self._memory.slot_bytes} bytes, got {len(data)}")
+        record = meta.kind, key
+        if record in self._known or record in self._pending:
+            self.counters.puts_known += 1
+            return True
+        if not self._hand_over(PutUnderWay(record, Slot(0, 0)), meta, data):
+            self.counters.puts_dropped += 1
+            return False
+        self._pending.add(record)
+        self.counters.puts += 1
+        return True
+
+    def put_epoch(self, hash_: str, data: bytes) -> None:
+        self._epochs[hash_] = data
+        self._epochs.move_to_end(hash_)
+        while len(self._epochs) > EPOCHS:
+            self._epochs.popitem(last=False)
+        self._offer_epochs()
+
+    def lookup(self, key: bytes) -> Lookup:
+        record = RecordKind.PAGE, key
+        if not self.connected:
+            return Lookup.MISS
+        if record in self._known:
+            return Lookup.HIT
+        return Lookup.PENDING if record in self._pending else Lookup.MISS
+
+    def fetch(self, key: bytes, *, timeout_s: float = 1.0, kind: RecordKind = RecordKind.PAGE) -> Ticket:
+        ticket = next(self._numbers)
+        self.counters.fetches += 1
+        self._ask(FetchUnderWay(ticket, (kind, key), Slot(0, 0), time.monotonic() + timeout_s))
+        return ticket
+
+    def fetch_epoch(self, hash_: str, *, timeout_s: float = 10.0) -> Ticket:
+        return self.fetch(epoch_key(hash_), timeout_s=timeout_s, kind=RecordKind.EPOCH)
+
+    def calibrate(self, statistics: bytes, *, timeout_s: float = 300.0) -> Ticket:
+        ticket = next(self._numbers)
+        calibration = self._calibrations[ticket] = Calibration(ticket, time.monotonic() + timeout_s)
+        if self.connected:
+            meta = Meta(RecordKind.STATISTICS)
+            self._uploads.append(Upload(statistics_key(ticket), meta, statistics, calibration=calibration))
+            self._send_uploads()
+        else:
+            self._end(ticket, Status.MISS)
+        return ticket
+
+    def poll(self) -> list[Completion]:
+        for _ in range(MESSAGES_PER_POLL):
+            data = self._receive()
+            if data is None:
+                break
+            try:
+                self._take(wire.decode_reply(data))
+            except WireError:
+                self.counters.refused += 1
+        self._expire(time.monotonic())
+        self._send_uploads()
+        completions, self._completions = self._completions, []
+        return completions
+
+    def cancel(self, ticket: Ticket) -> None:
+        for number, fetch in list(self._fetches.items()):
+            if fetch.ticket == ticket:
+                self._slots.give_back(number, fetch.slot)
+                del self._fetches[number]
+        calibration = self._calibrations.pop(ticket, None)
+        if calibration is not None and calibration.sent is not None:
+            self._post(wire.Cancel(ticket=next(self._numbers), cancelled=calibration.sent))
+        self._uploads = deque(u for u in self._uploads if u.calibration is None or u.calibration.ticket != ticket)
+        self._completions = [completion for completion in self._completions if completion.ticket != ticket]
+
+    def stats(self) -> dict[str, object]:
+        return {
+            "client": dataclasses.asdict(self.counters),
+            "connected": self.connected,
+            "slots_free": self._slots.free,
+            "slots_stale": self._stale + self._slots.stale,
+            "known_records": len(self._known),
+            "uploads": len(self._uploads),
+            "manager": self._metrics,
+        }
+
+    # For the subclasses.
+
+    def _begin(self, memory: SlotMemory) -> None:
+        """Start with new slots and without knowledge, as for a new manager."""
+        self._memory = memory
+        self._stale = getattr(self, "_stale", 0) + (self._slots.stale if hasattr(self, "_slots") else 0)
+        self._slots = SlotAllocator(memory.slots)
+        self._known.clear()
+        self._puts: dict[int, PutUnderWay] = {}
+        self._fetches: dict[int, FetchUnderWay] = {}
+        self._pending: set[RecordId] = set()
+        self._uploads: deque[Upload] = deque()
+
+    def _drop_outstanding(self) -> None:
+        """Nobody will answer: everything under way ends as a miss, and its slots are free again."""
+        for number, put in self._puts.items():
+            self._slots.give_back(number, put.slot)
+        for number, fetch in self._fetches.items():
+            self._slots.give_back(number, fetch.slot)
+            self._finish(fetch, None)
+        for ticket in list(self._calibrations):
+            self._end(ticket, Status.MISS)
+        self._puts.clear()
+        self._fetches.clear()
+        self._pending.clear()
+        self._uploads.clear()
+
+    def _ready(self) -> None:
+        """A manager is there, and what it has is known here."""
+        self._offer_epochs()
+
+    def _post(self, message: wire.Request) -> bool:
+        return self._send(wire.encode(message))
+
+    # Puts.
+
+    def _hand_over(
+        self, put: PutUnderWay, meta: Meta, data: bytes | memoryview, offset: int = 0, total: int = 0
+    ) -> bool:
+        if not self.connected:
+            return False
+        number = next(self._numbers)
+        slot = self._slots.take(number)
+        if slot is None:
+            return False
+        put.slot = slot
+        payload = self._memory.write(slot, put.record[1], data)
+        message = wire.Put(
+            ticket=number, key=put.record[1], meta=meta, payload=payload, offset=offset, total=total or len(data)
+        )
+        if not self._post(message):
+            self._slots.give_back(number, slot)
+            return False
+        self._puts[number] = put
+        return True
+
+    def _offer_epochs(self) -> None:
+        waiting = {upload.key for upload in self._uploads}
+        for hash_, data in self._epochs.items():
+            key = epoch_key(hash_)
+            if self.connected and key not in waiting and (RecordKind.EPOCH, key) not in self._known:
+                self._uploads.append(Upload(key, Meta(RecordKind.EPOCH), data))
+        self._send_uploads()
+
+    def _send_uploads(self) -> None:
+        """The next parts, in at most half of the slots: pages must not wait for them."""
+        while self._uploads and self._slots.free > self.options.slots // 2:
+            upload = self._uploads[0]
+            if upload.offset >= len(upload.data):
+                return
+            part = memoryview(upload.data)[upload.offset : upload.offset + self._memory.slot_bytes]
+            put = PutUnderWay((upload.meta.kind, upload.key), Slot(0, 0), upload)
+            if not self._hand_over(put, upload.meta, part, upload.offset, len(upload.data)):
+                return
+            upload.offset += len(part)
+            upload.unanswered += 1
+
+    # Fetches.
+
+    def _ask(self, fetch: FetchUnderWay) -> None:
+        number = next(self._numbers)
+        slot = self._slots.take(number) if self.connected else None
+        if slot is None:
+            self._finish(fetch, None)
+            return
+        fetch.slot = slot
+        kind, key = fetch.record
+        offset = len(fetch.parts)
+        message = wire.Fetch(ticket=number, kind=kind, key=key, slot=slot, deadline=fetch.deadline, offset=offset)
+        if self._post(message):
+            self._fetches[number] = fetch
+        else:
+            self._slots.give_back(number, slot)
+            self._finish(fetch, None)
+
+    def _finish(self, fetch: FetchUnderWay, data: bytes | None) -> None:
+        if data is None:
+            self.counters.misses += 1
+            self._end(fetch.ticket, Status.MISS, fetch.record[1])
+        else:
+            self.counters.hits += 1
+            self._end(fetch.ticket, Status.OK, fetch.record[1], fetch.meta, data)
+
+    def _end(self, ticket: Ticket, status: Status, key: bytes = b"", meta: Meta | None = None, data=b"") -> None:
+        self._calibrations.pop(ticket, None)
+        self._completions.append(Completion(ticket, status, key, meta, data))
+
+    def _expire(self, now: float) -> None:
+        for number, fetch in list(self._fetches.items()):
+            if now > fetch.deadline:
+                del self._fetches[number]
+                self._slots.give_back(number, fetch.slot)
+                self.counters.deadlines += 1
+                self._finish(fetch, None)
+        for ticket, calibration in list(self._calibrations.items()):
+            if now > calibration.deadline:
+                self.cancel(ticket)
+                self._end(ticket, Status.MISS)
+
+    # Replies.
+
+    def _take(self, reply: wire.Reply) -> None:
+        if isinstance(reply, wire.Known):
+            self._known.update((reply.kind, key) for key in wire.split_keys(reply.keys))
+        elif isinstance(reply, wire.Gone):
+            self._known.difference_update((reply.kind, key) for key in wire.split_keys(reply.keys))
+        elif isinstance(reply, wire.Stored):
+            self._stored(reply)
+        elif isinstance(reply, wire.Fetched):
+            self._fetched(reply)
+        elif isinstance(reply, wire.Calibrated):
+            self._calibrated(reply)
+        elif isinstance(reply, wire.Pong):
+            self._metrics = reply.metrics
+
+    def _stored(self, reply: wire.Stored) -> None:
+        put = self._puts.get(reply.ticket)
+        if put is None or not self._slots.give_back(reply.ticket, reply.slot):
+            raise WireError("an answer to a put that nobody waits for")
+        del self._puts[reply.ticket]
+        self._pending.discard(put.record)
+        if not reply.accepted:
+            self.counters.puts_refused += 1
+        if put.upload is None:
+            if reply.accepted:
+                self._known.add(put.record)
+        else:
+            self._part_stored(put.upload, reply.accepted)
+
+    def _part_stored(self, upload: Upload, accepted: bool) -> None:
+        upload.unanswered -= 1
+        if not accepted:
+            self._uploads = deque(other for other in self._uploads if other is not upload)
+            if upload.calibration is not None and upload.calibration.ticket in self._calibrations:
+                self._end(upload.calibration.ticket, Status.MISS)
+            return
+        if upload.offset < len(upload.data) or upload.unanswered or upload not in self._uploads:
+            return
+        self._uploads.remove(upload)
+        if upload.calibration is not None:
+            number = next(self._numbers)
+            upload.calibration.sent = number
+            if not self._post(wire.Calibrate(ticket=number, key=upload.key)):
+                self._end(upload.calibration.ticket, Status.MISS)
+
+    def _fetched(self, reply: wire.Fetched) -> None:
+        fetch = self._fetches.get(reply.ticket)
+        if fetch is None or reply.key != fetch.record[1] or not self._slots.holds(reply.ticket, reply.slot):
+            raise WireError("an answer to a fetch that nobody waits for")
+        del self._fetches[reply.ticket]
+        try:
+            data = self._part(fetch, reply)
+        finally:
+            self._slots.give_back(reply.ticket, reply.slot)
+        if data is None:
+            self._finish(fetch, None)
+        elif len(fetch.parts) + len(data) == reply.total:
+            self._finish(fetch, bytes(fetch.parts) + data if fetch.parts else data)
+        else:
+            fetch.parts += data
+            self._ask(fetch)
+
+    def _part(self, fetch: FetchUnderWay, reply: wire.Fetched) -> bytes | None:
+        """Checked bytes of a part; None: a miss."""
+        if reply.payload is None or reply.meta is None:
+            return None
+        try:
+            if reply.payload.slot != reply.slot or reply.meta.kind is not fetch.record[0] or not reply.payload.length:
+                raise WireError("a payload that does not belong to its answer")
+            if fetch.meta is not None and (fetch.meta, fetch.total) != (reply.meta, reply.total):
+                raise WireError("parts of two records")
+            data = self._memory.read(reply.payload, reply.key)
+            if len(fetch.parts) + len(data) > reply.total:
+                raise WireError("more bytes than the record has")
+        except WireError:
+            self.counters.refused += 1
+            return None
+        fetch.meta, fetch.total = reply.meta, reply.total
+        return data
+
+    def _calibrated(self, reply: wire.Calibrated) -> None:
+        for calibration in self._calibrations.values():
+            if calibration.sent == reply.ticket:
+                break
+        else:
+            raise WireError("an answer to a calibration that nobody waits for")
+        if reply.key is None:
+            self._end(calibration.ticket, Status.MISS)
+            return
+        del self._calibrations[calibration.ticket]
+        record = RecordKind.EPOCH, reply.key
+        self.counters.fetches += 1
+        self._ask(FetchUnderWay(calibration.ticket, record, Slot(0, 0), calibration.deadline))

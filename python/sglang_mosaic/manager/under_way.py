@@ -1,0 +1,54 @@
+"""What a client waits for."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from sglang_mosaic.manager.client import Ticket
+from sglang_mosaic.manager.store.record import RecordId
+from sglang_mosaic.wire.messages import Meta, Slot
+
+
+@dataclasses.dataclass
+class PutUnderWay:
+    """A payload on its way to the manager."""
+
+    record: RecordId
+    slot: Slot
+    upload: Upload | None = None
+
+
+@dataclasses.dataclass(eq=False)
+class Upload:
+    """A record that is larger than a slot."""
+
+    key: bytes
+    meta: Meta
+    data: bytes
+    offset: int = 0
+    unanswered: int = 0
+    calibration: Calibration | None = None
+
+
+@dataclasses.dataclass
+class FetchUnderWay:
+    """A record on its way from the manager, part by part."""
+
+    ticket: Ticket
+    record: RecordId
+    slot: Slot
+    deadline: float
+    parts: bytearray = dataclasses.field(default_factory=bytearray)
+    total: int | None = None
+    meta: Meta | None = None
+    """Of the first part; later ones must have the same."""
+
+
+@dataclasses.dataclass
+class Calibration:
+    """Statistics on their way to the manager, then a calibration that it runs."""
+
+    ticket: Ticket
+    deadline: float
+    sent: int | None = None
+    """Ticket of the message."""

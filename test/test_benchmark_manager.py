@@ -1,0 +1,68 @@
+"""The manager's benchmark on a small random text: every figure follows from bytes that were compared."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from benchmark.codec.capture import Captured, Layer
+from benchmark.manager import run
+from benchmark.manager.frames import RealFrames, encode
+from benchmark.manager.latency import measure_latency
+from benchmark.manager.recompression import layout_of, measure_compressors, measure_limits
+
+
+@pytest.fixture(scope="module")
+def real() -> RealFrames:
+    torch.manual_seed(0)
+    energy = torch.logspace(0.5, -1.5, 32)
+    layers = {
+        i: Layer(
+            torch.randn(640, 4, 32),
+            torch.randn(640, 2, 32) * energy,
+            torch.randn(640, 2, 32) * energy + torch.randn(2, 32) * energy,
+            32**-0.5,
+        )
+        for i in range(2)
+    }
+    return encode(Captured(layers, 1.0), 3.0, 64, 256)
+
+
+def test_frames_are_those_of_the_whole_pages_between_first_and_last(real: RealFrames) -> None:
+    assert real.frames.shape == (7, real.epoch.frame_bytes)
+    assert real.dense_bytes == 2 * 2 * 64 * 64 * 2
+    assert 0 < real.output_error(real.frames) < 0.5
+
+
+def test_limits_and_compressors(real: RealFrames) -> None:
+    layout = layout_of(real)
+    rows = measure_limits(real, [0.0, 0.4], layout)
+    raw, exact, coarse = rows
+    assert raw["ratio"] < exact["ratio"] < coarse["ratio"]
+    assert raw["error"] == exact["error"] < coarse["error"]
+    compressors, missing = measure_compressors(real, layout, 3)
+    assert {row["bytes"] for row in compressors} == {"as they are", "by planes"}
+    assert all(0 < row["of_raw"] < 1.1 for row in compressors)
+    assert {"lz4", "brotli"} >= set(missing)
+    trips, calls, ready_s = measure_latency(real, 10)
+    result = {
+        "model": "small",
+        "pages": 7,
+        "frame_bytes": 1,
+        "limits": rows,
+        "compressors": compressors,
+        "not_installed": missing,
+        "trips": trips,
+        "calls": calls,
+        "ready_s": ready_s,
+    }
+    text = run.describe(result)
+    assert "fetch of a recompressed page" in text
+    assert "zstd 1" in text
+    assert len(run.draw(result).axes) == 2
+
+
+def test_options_that_cannot_be_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        run.parse_arguments(["--tokens", "1024", "--calibration-tokens", "1024"])
+    assert "--tokens" in capsys.readouterr().err
