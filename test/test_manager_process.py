@@ -52,14 +52,16 @@ def test_kill_9_at_a_hundred_moments_under_load(client: ZmqClient, caplog: pytes
     under_way: dict[int, int] = {}
     answered = {Status.OK: 0, Status.MISS: 0}
     client.put_epoch(case.epoch.hash, case.epoch_bytes)
-    for _ in range(KILLS):
+    for life in range(KILLS):
         client.poll()
         for _ in waves():
             if client.manager_pid is not None:
                 break
             client.poll()
-        # Half of the moments are in its start-up.
-        moment = time.monotonic() + rng.uniform(0.0, 0.5)
+        # Half of the moments are after its start-up, however long that takes, the others in it or soon after.
+        if life % 2:
+            until(client, lambda: client.connected)
+        moment = time.monotonic() + rng.uniform(0.0, 0.2 if life % 2 else 0.5)
         while time.monotonic() < moment:
             page = rng.randrange(len(case.keys))
             if rng.random() < 0.5:
@@ -192,18 +194,19 @@ def test_a_system_without_processes_is_a_pause(client: ZmqClient, monkeypatch: p
 
 def test_nothing_waits_for_a_manager_that_is_stopped(client: ZmqClient) -> None:
     case = frames()
+    client.options = dataclasses.replace(OPTIONS, silence_s=60.0)
     until(client, lambda: client.connected)
     os.kill(client.manager_pid, signal.SIGSTOP)
     worst = 0.0
     for i in range(300):
         start = time.perf_counter()
         client.put(case.keys[i % 20], case.meta, case.frames[i % 20])
-        client.fetch(case.keys[i % 20])
+        client.fetch(case.keys[i % 20], timeout_s=60.0)
         client.lookup(case.keys[i % 20])
         client.poll()
         worst = max(worst, time.perf_counter() - start)
-    # Generous: the machine may be busy. Waiting for anything would take heartbeats and deadlines.
-    assert worst < 0.1
+    # Not a matter of speed: whatever could be waited for would take a minute.
+    assert worst < 30
     os.kill(client.manager_pid, signal.SIGCONT)
 
 
