@@ -34,16 +34,18 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def load_queries(
-    q, r, factor, channels, CHUNK: tl.constexpr, GROUPS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr
-):
-    """Queries of a chunk of channels times a factor, float16 [GROUPS * 16, R] in the order of `key_channels`.
+def load_queries(q, r, factor, channels, D: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr):
+    """Queries times a factor, of up to four chunks of D channels: float16 [up to 64, R] each, in the order of
+    `key_channels`. Of chunks that D does not have, anything.
 
     q: pointer to float32 [GROUP, DIM]; channels from `channels` on and rows beyond GROUP are 0.
     """
-    c = key_channels(CHUNK, GROUPS)[:, None]
-    found = tl.load(q + r[None, :] * DIM + c, mask=(r < GROUP)[None, :] & (c < channels), other=0)
-    return (found * factor).to(tl.float16)
+    GROUPS: tl.constexpr = min(D // 16, 4)
+    q0 = _load_chunk(q, r, factor, channels, 0, GROUPS, GROUP, DIM)
+    q1 = _load_chunk(q, r, factor, channels, 1, GROUPS, GROUP, DIM)
+    q2 = _load_chunk(q, r, factor, channels, 2, GROUPS, GROUP, DIM)
+    q3 = _load_chunk(q, r, factor, channels, 3, GROUPS, GROUP, DIM)
+    return q0, q1, q2, q3
 
 
 @triton.jit
@@ -82,22 +84,22 @@ def fetch_key_tile(
 
 @triton.jit
 def tile_logits(
-    k, q, q0, q1, q2, q3, r, factor, start, segment, scalars, row, kind, t, channels,
+    k, q, chunks, r, factor, start, segment, scalars, row, kind, t, channels,
     D: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr,
     REFINED: tl.constexpr, ANY_TOPK: tl.constexpr, ANY_EXCEPTIONS: tl.constexpr,
 ):  # fmt: skip
     """Logits of queries against tokens, plus `start` [1, R]: float32 [T, R]; NaN where a segment was never encoded.
 
-    k: as of `fetch_key_tile`; q0 .. q3 are `load_queries` of as many chunks as D has.
+    k: as of `fetch_key_tile`; chunks: `load_queries` of q.
     """
     GROUPS: tl.constexpr = min(D // 16, 4)
     logits = tl.broadcast_to(start, [t.shape[1], start.shape[1]])
-    logits = tl.dot(plane_keys(k[0], GROUPS, REFINED), q0, logits)
+    logits = tl.dot(plane_keys(k[0], GROUPS, REFINED), chunks[0], logits)
     if D > 64:
-        logits = tl.dot(plane_keys(k[1], GROUPS, REFINED), q1, logits)
+        logits = tl.dot(plane_keys(k[1], GROUPS, REFINED), chunks[1], logits)
     if D > 128:
-        logits = tl.dot(plane_keys(k[2], GROUPS, REFINED), q2, logits)
-        logits = tl.dot(plane_keys(k[3], GROUPS, REFINED), q3, logits)
+        logits = tl.dot(plane_keys(k[2], GROUPS, REFINED), chunks[2], logits)
+        logits = tl.dot(plane_keys(k[3], GROUPS, REFINED), chunks[3], logits)
     if ANY_TOPK or ANY_EXCEPTIONS:
         c = tl.arange(0, D)[:, None]
         plain = tl.load(q + r[None, :] * DIM + c, mask=(r < GROUP)[None, :] & (c < channels), other=0) * factor
@@ -202,6 +204,15 @@ def of_tokens(x):
 def any_of(x):
     """Whether any of a tensor is true."""
     return tl.max(x.to(tl.int32)) > 0
+
+
+@triton.jit
+def _load_chunk(
+    q, r, factor, channels, CHUNK: tl.constexpr, GROUPS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr
+):
+    c = key_channels(CHUNK, GROUPS)[:, None]
+    found = tl.load(q + r[None, :] * DIM + c, mask=(r < GROUP)[None, :] & (c < channels), other=0)
+    return (found * factor).to(tl.float16)
 
 
 @triton.jit

@@ -24,12 +24,8 @@ def attend_pages_kernel(
     start = tl.load(starts + of_head)
     r, token = tl.arange(0, ROWS), tl.arange(0, TILE)[None, :]
     q += (item * HEADS + head) * GROUP * K_DIM
-    GROUPS: tl.constexpr = min(DK // 16, 4)
     factor = scale * LOG2_E
-    q0 = load_queries(q, r, factor, K_DIM, 0, GROUPS, GROUP, K_DIM)
-    q1 = load_queries(q, r, factor, K_DIM, 1, GROUPS, GROUP, K_DIM)
-    q2 = load_queries(q, r, factor, K_DIM, 2, GROUPS, GROUP, K_DIM)
-    q3 = load_queries(q, r, factor, K_DIM, 3, GROUPS, GROUP, K_DIM)
+    chunks = load_queries(q, r, factor, K_DIM, DK, GROUP, K_DIM)
     nothing = tl.zeros([1, ROWS], tl.float32)
     top = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([TILE, ROWS], tl.float32)
@@ -49,7 +45,7 @@ def attend_pages_kernel(
         t = at % TILES * TILE + token
         k, v, token_scales = fetch_tile(of_one(segment), scalars, k_words, v_words, row, t, DK, K_DIM, DV, V_DIM)
         logits = tile_logits(
-            k, q, q0, q1, q2, q3, r, factor, nothing, of_one(segment), scalars, row, kind, t, K_DIM,
+            k, q, chunks, r, factor, nothing, of_one(segment), scalars, row, kind, t, K_DIM,
             DK, GROUP, K_DIM, True, ANY_TOPK, ANY_EXCEPTIONS,
         )  # fmt: skip
         top, total, s0, s1, s2, s3, rare = attend_tile(

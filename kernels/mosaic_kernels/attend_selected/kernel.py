@@ -40,10 +40,7 @@ def attend_selected_kernel(
     q += (item * HEADS + head) * GROUP * K_DIM
     tokens += head.to(tl.int64) * room
     factor = scale * LOG2_E
-    q0 = load_queries(q, r, factor, K_DIM, 0, GROUPS, GROUP, K_DIM)
-    q1 = load_queries(q, r, factor, K_DIM, 1, GROUPS, GROUP, K_DIM)
-    q2 = load_queries(q, r, factor, K_DIM, 2, GROUPS, GROUP, K_DIM)
-    q3 = load_queries(q, r, factor, K_DIM, 3, GROUPS, GROUP, K_DIM)
+    chunks = load_queries(q, r, factor, K_DIM, DK, GROUP, K_DIM)
     nothing = tl.zeros([1, ROWS], tl.float32)
     top = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([TILE, ROWS], tl.float32)
@@ -66,7 +63,7 @@ def attend_selected_kernel(
         real, t = at + slot < last, found % T
         k, v, token_scales = fetch_tile(segment, scalars, k_words, v_words, row, t, DK, K_DIM, DV, V_DIM)
         logits = tile_logits(
-            k, q, q0, q1, q2, q3, r, factor, nothing, segment, scalars, row, kind, t, K_DIM,
+            k, q, chunks, r, factor, nothing, segment, scalars, row, kind, t, K_DIM,
             DK, GROUP, K_DIM, True, ANY_TOPK, ANY_EXCEPTIONS,
         )  # fmt: skip
         logits = tl.where(of_tokens(real.to(tl.int32)) > 0, logits, float("-inf"))

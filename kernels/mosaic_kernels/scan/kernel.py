@@ -30,12 +30,8 @@ def scan_kernel(
     r, t = tl.arange(0, ROWS), tl.arange(0, T)
     real = r < GROUP
     q += (item * HEADS + head) * GROUP * K_DIM
-    GROUPS: tl.constexpr = min(DS // 16, 4)
     factor = scale * LOG2_E
-    q0 = load_queries(q, r, factor, channels, 0, GROUPS, GROUP, K_DIM)
-    q1 = load_queries(q, r, factor, channels, 1, GROUPS, GROUP, K_DIM)
-    q2 = load_queries(q, r, factor, channels, 2, GROUPS, GROUP, K_DIM)
-    q3 = load_queries(q, r, factor, channels, 3, GROUPS, GROUP, K_DIM)
+    chunks = load_queries(q, r, factor, channels, DS, GROUP, K_DIM)
     # Rows beyond the group are below everything.
     known = tl.load(known_lse + (tl.load(requests + item) * HEADS + head) * GROUP + r, mask=real, other=float("inf"))
     known = tl.where(known == float("-inf"), 0.0, known)
@@ -51,7 +47,7 @@ def scan_kernel(
         k = fetch_key_tile(of_one(segment), scalars, k_words, row, t[None, :], channels, DS, False, DK)
         # In octaves above what is known.
         logits = tile_logits(
-            k, q, q0, q1, q2, q3, r, factor, (-known * LOG2_E)[None, :], of_one(segment), scalars, row, kind,
+            k, q, chunks, r, factor, (-known * LOG2_E)[None, :], of_one(segment), scalars, row, kind,
             t[None, :], channels, DS, GROUP, K_DIM, False, ANY_TOPK, ANY_EXCEPTIONS,
         )  # fmt: skip
         key = tl.floor(tl.max(logits, 1) * (STEPS / LOG2_E) + (0.5 - LOWEST * STEPS))

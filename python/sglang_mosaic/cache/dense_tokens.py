@@ -43,6 +43,8 @@ class DenseTokens(NamedTuple):
         keys, values = (x[self.rows].float().transpose(1, 2) for x in (k, v))
         logits = (q.float() * scale).unflatten(1, (heads, -1)) @ keys.transpose(2, 3)
         logits.masked_fill_(self.absent[:, None, None], -torch.inf)
+        # No weight, but what lies there may be no number.
+        values.masked_fill_(self.absent[:, None, :, None], 0.0)
         lse = logits.logsumexp(-1)
         weights = torch.exp(logits - torch.where(lse == -torch.inf, 0.0, lse)[..., None])
         return (weights @ values).flatten(1, 2), lse.flatten(1)
