@@ -284,7 +284,7 @@ def test_costly_pages_go_after_recent_ones_and_before_sinks():
     order = []
     for page in range(7, 15):
         memory.allocate([page], [])
-        order += [encoding.page for encoding in memory.lifecycle._encodings.values()]
+        order += [encoding.page for encoding in memory.lifecycle._operations.values()]
         memory.begin_forward()
     assert order == [4, 6, 3, 2, 5, 1]
     stats = memory.stats()

@@ -4,7 +4,8 @@ Requests come with overlapping prefixes, are prefilled in chunks, decode, finish
 is split, shared and evicted; a small pool keeps pages being encoded all the time. Device work lags behind host
 decisions by one step, as under overlap scheduling. The model knows which value every token must have; whatever a
 running request can see is read back after each forward: dense pages exactly, mosaic pages byte for byte as the epoch
-that wrote them encodes the right values, and within the codec's step of these.
+that wrote them encodes the right values, and within the codec's step of these. With a host tier, evicted pages go to a
+manager (in process), and requests wait for those that they need.
 """
 
 from __future__ import annotations
@@ -29,10 +30,13 @@ from sglang.srt.mem_cache.radix_cache import RadixKey  # noqa: E402
 from sglang_mosaic.adapter.allocator import with_page_events  # noqa: E402
 from sglang_mosaic.adapter.cpu_platform_class import cpu_allocator_class  # noqa: E402
 from sglang_mosaic.adapter.radix_cache import MosaicRadixCache  # noqa: E402
+from sglang_mosaic.cache.host_tier import HostTier  # noqa: E402
 from sglang_mosaic.cache.memory import PageMemory  # noqa: E402
 from sglang_mosaic.codec.planes import PlanesCodec  # noqa: E402
 from sglang_mosaic.config import MosaicConfig  # noqa: E402
 from sglang_mosaic.layout import FrameBytes, MemoryPlan, minimum_dense_frames, reserve_dense_frames  # noqa: E402
+from sglang_mosaic.manager.in_process import InProcessClient  # noqa: E402
+from sglang_mosaic.manager.options import ManagerOptions  # noqa: E402
 from sglang_mosaic.page import PAGE_SIZE  # noqa: E402
 
 RUNNING, CHUNK, DIM = 3, 2 * PAGE_SIZE, 16
@@ -53,6 +57,25 @@ def token_values(tokens: list[int]) -> torch.Tensor:
     return torch.sin((ids * 0.7 + place * 0.31 + 1) * (torch.arange(DIM) * 1.3 + 1))
 
 
+DENSE_BYTES = PAGE_SIZE * 2 * DIM * torch.float32.itemsize
+
+
+class Tier(HostTier):
+    """Calibrates where it is called: processes that load torch would take a second each."""
+
+    calibrates = False
+
+
+class Always:
+    """Every page is worth waiting for."""
+
+    def budget_s(self, pages: int) -> float | None:
+        return 60.0 if pages else None
+
+    def waited(self, restoring: object) -> None:
+        pass
+
+
 class Pool(RuleBasedStateMachine):
     @initialize(
         mosaic=st.sampled_from([12, 6, 2, 0]),
@@ -61,15 +84,19 @@ class Pool(RuleBasedStateMachine):
         policy=st.sampled_from(["pressure", "seal"]),
         refresh=st.sampled_from([0, 3]),
         limit=st.sampled_from([None, 0.05]),
+        host=st.booleans(),
     )
-    def build(self, mosaic: int, roomy: bool, windows: bool, policy: str, refresh: int, limit: float | None) -> None:
+    def build(
+        self, mosaic: int, roomy: bool, windows: bool, policy: str, refresh: int, limit: float | None, host: bool
+    ) -> None:
         dense = reserve_dense_frames(RUNNING, CHUNK, 2) if roomy else minimum_dense_frames(RUNNING, CHUNK)
-        plan = MemoryPlan(dense, mosaic, RUNNING, FrameBytes(1, 1))
+        codec = PlanesCodec(1, 1, DIM, DIM, ratio=RATIO)
+        plan = MemoryPlan(dense, mosaic, RUNNING, FrameBytes(DENSE_BYTES, codec.frame_bytes))
         # Poison: reading a dense frame that no forward has written gives NaN.
         k = [torch.full(((dense + 1) * PAGE_SIZE, 1, DIM), torch.nan)]
         v = [torch.full(((dense + 1) * PAGE_SIZE, 1, DIM), torch.nan)]
         config = MosaicConfig(encode=policy, calibration_pages=2, refresh_pages=refresh, max_error=limit)
-        self.memory = PageMemory(plan, config, PlanesCodec(1, 1, DIM, DIM, ratio=RATIO), k, v)
+        self.memory = PageMemory(plan, config, codec, k, v)
         kv_cache = SimpleNamespace(memory=self.memory)
         allocator = with_page_events(cpu_allocator_class())
         self.allocator = allocator(plan.logical_tokens, PAGE_SIZE, torch.float32, "cpu", kv_cache, need_sort=False)
@@ -79,6 +106,22 @@ class Pool(RuleBasedStateMachine):
         self.lagging: tuple[torch.Tensor, torch.Tensor] | None = None
         if windows:
             self.memory.set_recent_pages(self._recent_pages)
+        self.tier: Tier | None = None
+        if host:
+            self._connect()
+
+    def _connect(self) -> None:
+        memory = self.memory
+        options = ManagerOptions(slot_bytes=DENSE_BYTES, slots=6, host_bytes=1 << 20, host_raw_bytes=1 << 16)
+        self.tier = Tier(
+            InProcessClient(options),
+            40 * DENSE_BYTES,
+            options.slots,
+            readable=lambda hash_: memory.epochs.number(hash_) is not None,
+            adopt=memory.adopt,
+        )
+        memory.connect(self.tier)
+        self.tree.connect(b"test", Always())
 
     @property
     def used(self) -> bool:
@@ -95,6 +138,8 @@ class Pool(RuleBasedStateMachine):
         self.memory.forward_launched(slots)
         for request in self.requests:
             request.written = request.length
+        if self.tier is not None:
+            self.tier.poll()
 
     def _check_reads(self) -> None:
         """Every running request reads back what earlier forwards wrote for its tokens."""
@@ -148,6 +193,7 @@ class Pool(RuleBasedStateMachine):
     def arrive(self, prefix: int, shared: int, own: int, seed: int) -> None:
         """A request whose first tokens are one of three common texts."""
         tokens = [prefix * 1000 + i % 50 for i in range(shared)] + [5000 + seed * 100 + i % 90 for i in range(own)]
+        self._restore(array("q", tokens))
         match = self.tree.match_prefix(MatchPrefixParams(key=RadixKey(array("q", tokens[:-1]))))
         hit = len(match.device_indices)
         self.tree.inc_lock_ref(match.last_device_node)
@@ -171,6 +217,25 @@ class Pool(RuleBasedStateMachine):
         self.slots.alloc([request])
         self.slots.write((request.req_pool_idx, slice(0, hit)), match.device_indices.to(torch.int32))
         self.requests.append(request)
+
+    def _restore(self, tokens: array) -> None:
+        """What SGLang's scheduler does with a request in its queue, until nothing more comes back for it."""
+        if self.tier is None:
+            return
+        waiting = SimpleNamespace(
+            rid="waiting", extra_key=None, priority=0, positional_embed_overrides=None, full_untruncated_fill_ids=tokens
+        )
+        waiting._compute_max_prefix_len = lambda length: length - 1
+
+        def look_up(tree: MosaicRadixCache, cow_mamba: bool) -> None:
+            found = tree.match_prefix(MatchPrefixParams(key=RadixKey(tokens[:-1])))
+            waiting.last_node, waiting.prefix_indices = found.last_device_node, found.device_indices
+
+        waiting.init_next_round_input = look_up
+        self.tree.begin_restore(waiting)
+        while not self.tree.check_prefetch_progress("waiting"):
+            self.tier.poll()
+        self.tree.pop_prefetch_loaded_tokens("waiting")
 
     @precondition(lambda self: any(r.length < len(r.tokens) for r in self.requests))
     @rule(chunks=st.integers(1, 4), meanwhile=MEANWHILE)
@@ -276,6 +341,8 @@ class Pool(RuleBasedStateMachine):
     def teardown(self) -> None:
         if hasattr(self, "tree"):
             self.audit()
+            if self.tier is not None:
+                self.tier.close()
 
 
 TestPool = Pool.TestCase

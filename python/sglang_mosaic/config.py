@@ -54,6 +54,17 @@ class MosaicConfig:
     """Compressed tokens of a context below which all are read. None: below what pays (`least_selected`)."""
     select_steps: int = 1
     """Decode steps that share a selection."""
+    host_gb: float = 0.0
+    """Host memory for evicted pages of this rank, in GiB. 0: they are dropped."""
+    host_max_error: float = 0.0
+    """Relative error of the attention output that pages on the host may be expected to make, what they make already
+    included; 0: nothing is lost there."""
+    disk: str | None = None
+    """Directory for pages that host memory has no room for; they survive the server, and other servers find them."""
+    disk_gb: float = 10.0
+    """Most of that directory's files, in GiB."""
+    restore_from: int = 64
+    """Tokens of evicted pages in a row below which they are computed again."""
     audit: bool = False
     """Check every invariant of the pool whenever the server is idle, and stop it on the first violation."""
 
@@ -72,6 +83,7 @@ class MosaicConfig:
             raise ConfigError(f"--mosaic-calibration-pages: got {self.calibration_pages}, give at least 1.")
         self._check_codec()
         self._check_selection()
+        self._check_host()
 
     def _check_codec(self) -> None:
         if self.codec not in CODECS:
@@ -98,6 +110,26 @@ class MosaicConfig:
         if self.select_steps < 1:
             raise ConfigError(f"--mosaic-select-steps: got {self.select_steps}, give at least 1.")
 
+    def _check_host(self) -> None:
+        if not self.host_gb >= 0:
+            raise ConfigError(f"--mosaic-host-gb: got {self.host_gb}, give a number of GiB, or 0 for none.")
+        if not 0.0 <= self.host_max_error < 1.0:
+            raise ConfigError(f"--mosaic-host-max-error: got {self.host_max_error}, give a share from 0 to below 1.")
+        if not self.disk_gb > 0:
+            raise ConfigError(f"--mosaic-disk-gb: got {self.disk_gb}, give a positive number of GiB.")
+        if self.restore_from < 1:
+            raise ConfigError(f"--mosaic-restore-from: got {self.restore_from}, give a number of tokens from 1 on.")
+        if not self.host_gb:
+            for name, off in (("disk", None), ("host_max_error", 0.0)):
+                if getattr(self, name) != off:
+                    flag = f"--mosaic-{name.replace('_', '-')}"
+                    raise ConfigError(f"{flag}: got {getattr(self, name)!r}, which needs --mosaic-host-gb.")
+        elif self.codec != "planes" or not self.compresses:
+            raise ConfigError(
+                f"--mosaic-host-gb: got {self.host_gb}, which needs --mosaic-codec planes and --mosaic-encode pressure "
+                "or seal: only compressed pages go to the host."
+            )
+
     @property
     def compresses(self) -> bool:
         return self.encode != "off"
@@ -111,7 +143,10 @@ class MosaicConfig:
     def live_epochs(self) -> int:
         """Calibrations whose tables are held at a time. With too few, the next one waits for the last page of the
         oldest to be evicted."""
-        return 3 if self.refresh_pages and self.codec == "planes" else 1
+        if self.codec != "planes":
+            return 1
+        # One more for pages that another server, or this one in its last life, has left on the host.
+        return (3 if self.refresh_pages else 1) + bool(self.host_gb)
 
     def store(self) -> None:
         """Publish this configuration to the processes that this one will start."""

@@ -7,11 +7,13 @@ front, release pushes to the front, and reading pages back from the device is ne
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from sglang_mosaic.page import pages_for
+from sglang_mosaic.cache.host_page import HostPage
+from sglang_mosaic.page import PAGE_SIZE, pages_for
 
 
 @functools.cache
@@ -38,6 +40,18 @@ def with_page_events(base: type) -> type:
             slots = super().alloc_decode(*args, **kwargs)
             if slots is not None:
                 self._taken(before, ())
+            return slots
+
+        def alloc_restored(self, contents: Sequence[HostPage], sequence_start: bool) -> torch.Tensor:
+            """Slots of pages that come back from the host, int64 [pages * 64].
+
+            Args:
+                contents: at most as many as pages are available, and `PageMemory.restorable` all of them.
+                sequence_start: the first page starts a sequence.
+            """
+            slots = super().alloc(len(contents) * PAGE_SIZE)
+            pages = [self._mirror.pop() for _ in contents]
+            self._kvcache.memory.restore(pages, contents, sequence_start)
             return slots
 
         def _taken(self, free_before: int, sink_positions) -> None:

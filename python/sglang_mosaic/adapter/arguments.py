@@ -125,6 +125,42 @@ def add_mosaic_group(parser: argparse.ArgumentParser) -> None:
         help="decode steps that share one selection. Default: %(default)s.",
     )
     group.add_argument(
+        "--mosaic-host-gb",
+        type=float,
+        default=default.host_gb,
+        help="host memory for evicted pages, in GiB per rank: a manager process keeps them, compressed further, and "
+        "brings them back. Default: 0, evicted pages are computed again.",
+    )
+    group.add_argument(
+        "--mosaic-host-max-error",
+        type=float,
+        default=default.host_max_error,
+        metavar="SHARE",
+        help="most that pages on the host may be expected to change the attention output by, what their compression "
+        "does already included. Default: 0, nothing is lost there.",
+    )
+    group.add_argument(
+        "--mosaic-disk",
+        default=default.disk,
+        metavar="DIR",
+        help="directory for pages that host memory has no room for; they survive the server, and servers of one "
+        "machine with the same model share it. Default: none.",
+    )
+    group.add_argument(
+        "--mosaic-disk-gb",
+        type=float,
+        default=default.disk_gb,
+        help="most that --mosaic-disk may hold, in GiB. Default: %(default)s.",
+    )
+    group.add_argument(
+        "--mosaic-restore-from",
+        type=int,
+        default=default.restore_from,
+        metavar="TOKENS",
+        help="evicted tokens in a row below which they are computed again in any case; above it the server compares "
+        "what it measured. Default: %(default)s.",
+    )
+    group.add_argument(
         "--mosaic-audit",
         action="store_true",
         default=default.audit,
@@ -162,10 +198,11 @@ def around_post_init(original, self) -> None:
 
     hooks.verify()
     try:
-        MosaicConfig.load()
+        config = MosaicConfig.load()
     except ConfigError as error:
         raise SystemExit(f"sglang_mosaic: {error}") from error
     refusals.refuse_flags(self)
+    refusals.refuse_host_tier(self, config)
     if self.page_size is None:
         self.page_size = PAGE_SIZE
     if self.radix_cache_backend is None and not self.disable_radix_cache:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+from sglang_mosaic.adapter.prefill_rate import PrefillRate
+
 
 def create_attention_backend(runner: Any) -> Any:
     """Attention backend of one model runner; also puts the pool's bracket around the runner's forward.
@@ -44,11 +46,17 @@ def _bracket_forward(runner: Any) -> None:
     # inside SGLang's forward stream, after that stream has waited for the scheduler's.
     memory = runner.token_to_kv_pool.memory
     forward = runner.forward
+    rate = runner.prefill_rate = PrefillRate()
+    device = memory.table.frames.device
 
     @functools.wraps(forward)
     def bracketed(forward_batch: Any, *args: Any, **kwargs: Any) -> Any:
         memory.begin_forward()
+        extends = forward_batch.forward_mode.is_extend()
+        started = rate.start(device) if extends else None
         output = forward(forward_batch, *args, **kwargs)
+        if extends:
+            rate.stop(started, forward_batch.extend_num_tokens)
         if forward_batch.out_cache_loc is not None:
             memory.forward_launched(forward_batch.out_cache_loc)
         return output

@@ -6,6 +6,7 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+from sglang_mosaic.adapter import host
 from sglang_mosaic.adapter.arguments import selects_mosaic
 from sglang_mosaic.cache.memory import PageMemory
 from sglang_mosaic.page import PAGE_SIZE
@@ -22,6 +23,7 @@ def after_scheduler_init(_result: None, self: Any, *args: Any, **kwargs: Any) ->
     # SGLang admits a prompt only if a page stays free beside it, but refuses it only from the pool's size on: those in
     # between would wait forever, and everyone behind them.
     self.max_req_input_len = min(self.max_req_input_len, self.max_total_num_tokens - PAGE_SIZE)
+    host.connect(self, memory)
 
 
 def memory_of(allocator: Any) -> PageMemory:

@@ -1,14 +1,45 @@
-"""SGLang's radix cache over logical pages. Sharing, splitting and eviction are SGLang's own."""
+"""SGLang's radix cache over logical pages, and the pages that it has on the host. Sharing, splitting and eviction are
+SGLang's own."""
 
 from __future__ import annotations
 
-from sglang.srt.mem_cache.radix_cache import RadixCache
+import uuid
+from typing import Any
 
+import torch
+from sglang.srt.mem_cache.base_prefix_cache import EvictParams, InsertParams, MatchPrefixParams
+from sglang.srt.mem_cache.cache_init_params import CacheInitParams
+from sglang.srt.mem_cache.radix_cache import RadixCache, RadixKey, TreeNode
+
+from sglang_mosaic.adapter.restoring import Restoring, RestoringPays
+from sglang_mosaic.cache.host_page import HostPage
+from sglang_mosaic.manager.keys import namespace, page_keys
 from sglang_mosaic.page import PAGE_SIZE
 
 
 class MosaicRadixCache(RadixCache):
-    """A node's value holds logical slots, so that it stays valid when the pages behind it are compressed."""
+    """A node's value holds logical slots, so that it stays valid when the pages behind it are compressed.
+
+    With a host tier (`connect`), nodes that are evicted live on there, under keys that follow from their tokens.
+    """
+
+    def __init__(self, params: CacheInitParams) -> None:
+        self._root_key = self._identity = b""
+        self._pays: RestoringPays | None = None
+        self._restoring: dict[str, Restoring] = {}
+        self._restored: dict[str, int] = {}
+        super().__init__(params)
+        self._memory = self.token_to_kv_pool_allocator.get_kvcache().memory
+
+    def connect(self, identity: bytes, pays: RestoringPays) -> None:
+        """Keep evicted pages on the host of the page memory.
+
+        Args:
+            identity: of all that gives a token's pages their bytes, besides the tokens before it.
+            pays: tells which pages to bring back and how long to wait for them.
+        """
+        self._root_key = self._identity = identity
+        self._pays = pays
 
     def pages(self) -> list[int]:
         """Every page that the tree holds, for audits."""
@@ -18,3 +49,124 @@ class MosaicRadixCache(RadixCache):
             stack.extend(node.children.values())
             held.extend((node.value[::PAGE_SIZE] // PAGE_SIZE).tolist())
         return held
+
+    def reset(self) -> None:
+        super().reset()
+        if self._identity:
+            # The cache is emptied when weights change, too: what is on the host must not be found any more.
+            self._root_key = namespace(self._identity.hex(), uuid.uuid4().hex)
+            for name in list(self._restoring):
+                self.release_aborted_request(name)
+
+    # Out.
+
+    def _delete_leaf(self, node: TreeNode) -> None:
+        # Its pages were freed just now, and their frames are intact until the next forward.
+        if self._identity:
+            self._memory.evicted((node.value[::PAGE_SIZE] // PAGE_SIZE).tolist(), self._keys(node))
+        super()._delete_leaf(node)
+
+    def _split_node(self, key: RadixKey, child: TreeNode, split_len: int) -> TreeNode:
+        new_node = super()._split_node(key, child, split_len)
+        keys = getattr(child, "page_keys", None)
+        if keys is not None:
+            pages = split_len // PAGE_SIZE
+            new_node.page_keys, child.page_keys = keys[:pages], keys[pages:]
+        return new_node
+
+    def _keys(self, node: TreeNode) -> list[bytes]:
+        """Keys of a node's pages on the host; remembered at the node."""
+        unknown = []
+        while node is not self.root_node and not hasattr(node, "page_keys"):
+            unknown.append(node)
+            node = node.parent
+        for node in reversed(unknown):
+            node.page_keys = self._keys_below(node.parent, node.key.raw_token_ids(), node.key.extra_key)
+        return node.page_keys
+
+    def _keys_below(self, node: TreeNode, tokens: Any, extra_key: str | None) -> list[bytes]:
+        """Keys of the pages of tokens that follow those of a node."""
+        if node is self.root_node:
+            return page_keys(self._root_key, tokens, extra_key)
+        return page_keys(self._keys(node)[-1], tokens)
+
+    # Back. The scheduler asks here about requests in its queue, as it asks SGLang's own storage tier.
+
+    def begin_restore(self, request: Any) -> None:
+        """A request enters the queue: ask the host for the pages that it needs and the tree lacks."""
+        if not self._identity or request.positional_embed_overrides is not None:
+            return
+        request.init_next_round_input(self, cow_mamba=False)
+        tokens, matched = request.full_untruncated_fill_ids, len(request.prefix_indices)
+        whole = request._compute_max_prefix_len(len(tokens)) // PAGE_SIZE * PAGE_SIZE
+        keys = self._keys_below(request.last_node, tokens[matched:whole], request.extra_key)
+        held = self._memory.host.held(keys)
+        budget_s = self._pays.budget_s(held)
+        if budget_s is not None:
+            tokens = tokens[: matched + held * PAGE_SIZE]
+            self._restoring[request.rid] = Restoring(
+                tokens, request.extra_key, request.priority or 0, matched // PAGE_SIZE
+            )
+            self._memory.host.begin(request.rid, keys[:held], budget_s)
+
+    def check_prefetch_progress(self, name: str) -> bool:
+        """Whether a request in the queue waits for no page any more. Puts into the tree what has arrived."""
+        restoring = self._restoring.get(name)
+        if restoring is None:
+            return True
+        pages = self._memory.host.take(name)
+        if pages and not self._insert_restored(restoring, pages):
+            self._memory.host.cancel(name)
+        elif not self._memory.host.done(name):
+            return False
+        self._finish(name)
+        return True
+
+    def pop_prefetch_loaded_tokens(self, name: str) -> int:
+        """Tokens that came back for a request; asked once."""
+        return self._restored.pop(name, 0)
+
+    def release_aborted_request(self, name: str) -> None:
+        """A request leaves the queue without having run."""
+        if name in self._restoring:
+            self._memory.host.cancel(name)
+            self._finish(name)
+        self._restored.pop(name, None)
+
+    def _finish(self, name: str) -> None:
+        restoring = self._restoring.pop(name)
+        asked = len(restoring.tokens) // PAGE_SIZE - restoring.first
+        self._memory.host.counters.restored += restoring.restored
+        self._memory.host.counters.missed += asked - restoring.restored - restoring.found
+        self._pays.waited(restoring)
+        self._restored[name] = restoring.restored * PAGE_SIZE
+
+    def _insert_restored(self, restoring: Restoring, pages: list[HostPage]) -> bool:
+        """Put the next pages of a sequence into the tree; False: not all of them could be."""
+        match = self.match_prefix(MatchPrefixParams(key=restoring.key(restoring.at + len(pages))))
+        there = len(match.device_indices) // PAGE_SIZE
+        if there < restoring.at:
+            return False  # what they follow was evicted meanwhile
+        restoring.found += there - restoring.at
+        wanted = pages[there - restoring.at :]
+        self.inc_lock_ref(match.last_device_node)
+        count = self._make_room(wanted)
+        if count:
+            slots = self.token_to_kv_pool_allocator.alloc_restored(wanted[:count], sequence_start=there == 0)
+        self.dec_lock_ref(match.last_device_node)
+        if count:
+            value = torch.cat((match.device_indices, slots))
+            self.insert(InsertParams(restoring.key(there + count), value, priority=restoring.priority))
+        restoring.at = there + count
+        restoring.restored += count
+        return count == len(wanted)
+
+    def _make_room(self, pages: list[HostPage]) -> int:
+        """Evict for pages that come back; how many of them, from the first on, can be taken."""
+        memory, allocator = self._memory, self.token_to_kv_pool_allocator
+        valid = memory.valid(pages)
+        mosaic = sum(bool(page.epoch) for page in pages[:valid])
+        missing = max(valid - allocator.available_size() // PAGE_SIZE, mosaic - memory.lifecycle.mosaic.free)
+        if missing > 0:
+            self.evict(EvictParams(num_tokens=missing * PAGE_SIZE))
+        return memory.restorable(pages[: min(valid, allocator.available_size() // PAGE_SIZE)])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any, NoReturn
 
+from sglang_mosaic.config import MosaicConfig
 from sglang_mosaic.page import PAGE_SIZE
 
 _FLAGS = (
@@ -58,6 +59,16 @@ def refuse_flags(server_args: Any) -> None:
         refuse(f"--page-size {server_args.page_size}", f"use --page-size {PAGE_SIZE} or leave it out")
     if server_args.radix_cache_backend not in (None, "mosaic"):
         refuse(f"--radix-cache-backend {server_args.radix_cache_backend}", "use --radix-cache-backend mosaic")
+
+
+def refuse_host_tier(server_args: Any, config: MosaicConfig) -> None:
+    """Refuse a host tier where there is nothing for it to do, or where ranks could disagree about what came back."""
+    if not config.host_gb:
+        return
+    if server_args.disable_radix_cache:
+        refuse("--mosaic-host-gb with --disable-radix-cache (nothing is ever evicted)", "drop one of them")
+    if server_args.tp_size > 1:
+        refuse("--mosaic-host-gb with --tensor-parallel-size above 1", "drop one of them")
 
 
 def refuse_half_selection(server_args: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 
 import torch
@@ -27,9 +28,11 @@ class EpochTable:
         self._live: dict[int, Epoch] = {}
         self._refresh_pages = refresh_pages
         self._most = most
+        self._next = itertools.count()
         self._current = -1
         self._left = 0
         self.started = 0
+        """Calibrations that new pages were encoded with so far."""
 
     @property
     def current(self) -> Epoch | None:
@@ -52,22 +55,45 @@ class EpochTable:
             return True
         if not self._refresh_pages or self._left > 0:
             return False
-        needed = {*self.numbers_of(torch.tensor([*frames_in_use], dtype=torch.int64)).tolist(), self._current}
-        self._live = {number: epoch for number, epoch in self._live.items() if number in needed}
-        return len(self._live) < self._most
+        return self._has_room(frames_in_use)
 
     def start(self, epoch: Epoch) -> None:
         """Encode new pages with another epoch."""
-        self._current = self.started
-        self._live[self._current] = epoch
+        self._current = self._add(epoch)
         self._left = self._refresh_pages * REFRESH_GROWTH**self.started
         self.started += 1
 
+    def adopt(self, epoch: Epoch, frames_in_use: Iterable[int]) -> bool:
+        """Make pages of an epoch readable that was made elsewhere; the first one is taken for new pages, too.
+
+        Returns:
+            False: too many are alive.
+        """
+        if self._current < 0:
+            self.start(epoch)
+        elif self.number(epoch.hash) is None:
+            if not self._has_room(frames_in_use):
+                return False
+            self._add(epoch)
+        return True
+
+    def number(self, hash_: str) -> int | None:
+        """Of a live epoch with this hash, if there is one."""
+        return next((number for number, epoch in self._live.items() if epoch.hash == hash_), None)
+
     def written(self, frames: Iterable[int]) -> None:
         """Frames were encoded with the current epoch."""
-        written = torch.tensor([*frames], dtype=torch.int64)
-        self._numbers[written - self._first] = self._current
+        written = [*frames]
+        self.assign(written, self._current)
         self._left -= len(written)
+
+    def assign(self, frames: Iterable[int], number: int) -> None:
+        """Frames are of a live epoch."""
+        self._numbers[torch.tensor([*frames], dtype=torch.int64) - self._first] = number
+
+    def of(self, frame: int) -> Epoch:
+        """The epoch that a mosaic frame was written with."""
+        return self._live[int(self._numbers[frame - self._first])]
 
     def numbers_of(self, frames: torch.Tensor) -> torch.Tensor:
         """Numbers of the epochs of mosaic frames, int64, both [frames] on the host."""
@@ -75,3 +101,14 @@ class EpochTable:
 
     def __getitem__(self, number: int) -> Epoch:
         return self._live[number]
+
+    def _add(self, epoch: Epoch) -> int:
+        number = next(self._next)
+        self._live[number] = epoch
+        return number
+
+    def _has_room(self, frames_in_use: Iterable[int]) -> bool:
+        """Whether another epoch may be alive, once those that no page needs are dropped."""
+        needed = {*self.numbers_of(torch.tensor([*frames_in_use], dtype=torch.int64)).tolist(), self._current}
+        self._live = {number: epoch for number, epoch in self._live.items() if number in needed}
+        return len(self._live) < self._most

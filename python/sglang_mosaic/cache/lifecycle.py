@@ -2,16 +2,18 @@
 
 Decisions are taken on the host while SGLang allocates and frees; nothing is touched on the device. They pile up as one
 ``Updates`` record that the next forward applies, in its own stream, before it reads or writes anything. A frame that
-is given away here is therefore rewritten only after every forward that could read it, and the dense source of an
-encoding is still intact when the encoding runs.
+is given away here is therefore rewritten only after every forward that could read it, and what an operation reads is
+still intact when it runs, as operations run in the order in which they were decided.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Collection, Iterable, Sequence
 
 from sglang_mosaic.cache.victims import Victims, choose_victims
+from sglang_mosaic.codec.base import Epoch
 from sglang_mosaic.errors import CapacityError, InvariantError
 from sglang_mosaic.layout import MemoryPlan
 from sglang_mosaic.page import UNMAPPED, PageState
@@ -31,11 +33,51 @@ class Encoding:
 
 
 @dataclasses.dataclass(frozen=True)
-class Updates:
-    """What the next forward applies first: all encodings, then all table entries (page -> frame)."""
+class Copy:
+    """Bytes of a page that leaves the pool, to copy out before its frame is rewritten."""
 
-    encodings: list[Encoding]
+    key: bytes
+    """Of the host's record."""
+    frame: int
+    epoch: Epoch | None
+    """That a mosaic frame was written with; None: the frame is dense."""
+    exact: bool
+    """A dense frame to keep as it is: its page is one of those that are encoded last."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Restore:
+    """Bytes that come back from the host into a frame."""
+
+    frame: int
+    data: bytes
+
+
+Operation = Encoding | Copy | Restore
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Where the bytes of a page are to be found, by the operation of a certain turn."""
+
+    frame: int
+    mosaic: bool
+    last: bool
+    """Encoded last of all: a sink, or over the error limit."""
+    turn: int | None = None
+    """Of the encoding that would have read them; None: they stay until the next forward."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Updates:
+    """What the next forward applies first: the operations, in this order, then all table entries (page -> frame)."""
+
+    operations: list[Operation]
     table: dict[int, int]
+
+    @property
+    def encodings(self) -> list[Encoding]:
+        return [operation for operation in self.operations if isinstance(operation, Encoding)]
 
 
 @dataclasses.dataclass
@@ -49,6 +91,8 @@ class Counters:
     encoded_recent: int = 0
     encoded_costly: int = 0
     cancelled: int = 0
+    copied: int = 0
+    restored: int = 0
 
     @property
     def events(self) -> int:
@@ -86,7 +130,13 @@ class PageLifecycle:
         """Sealed pages that exceed the error limit; whoever judges pages adds them."""
         self._new: dict[int, None] = {}
         self._newly_sealed = False
-        self._encodings: dict[int, Encoding] = {}
+        self._operations: dict[int, Operation] = {}
+        """By turn."""
+        self._turns = itertools.count()
+        self._under_way: dict[int, int] = {}
+        """Page -> turn of the encoding or restoring that it waits for."""
+        self._left: dict[int, Place] = {}
+        """Where pages are that were freed since the last forward."""
         self._table: dict[int, int] = {page: UNMAPPED for page in range(1, size)}
 
     def allocate(self, pages: Sequence[int], sinks: Iterable[int] = ()) -> None:
@@ -136,9 +186,10 @@ class PageLifecycle:
             state = self.state[page]
             if state is PageState.FREE:
                 raise InvariantError(f"page {page} was freed twice")
-            if state is PageState.ENCODING:
-                del self._encodings[page]
-                self.counters.cancelled += 1
+            self._leave(page)
+            if page in self._under_way:
+                del self._operations[self._under_way.pop(page)]
+                self.counters.cancelled += state is PageState.ENCODING
             frames = self.dense if state in (PageState.OPEN, PageState.SEALED) else self.mosaic
             frames.give_back(self.frame[page])
             self.sealed.pop(page, None)
@@ -148,6 +199,47 @@ class PageLifecycle:
             self.state[page] = PageState.FREE
             self.frame[page] = self._table[page] = UNMAPPED
             self.counters.freed += 1
+
+    def copy_out(self, page: int, key: bytes, epoch_of: Callable[[int], Epoch]) -> None:
+        """Keep the bytes of a page that was just freed.
+
+        Nothing happens if it was restored since the last forward: the host has it.
+
+        Args:
+            key: of the host's record.
+            epoch_of: tells the epoch of a mosaic frame.
+        """
+        place = self._left.pop(page, None)
+        if place is None or self.state[page] is not PageState.FREE:
+            return
+        turn = next(self._turns) if place.turn is None else place.turn
+        epoch = epoch_of(place.frame) if place.mosaic else None
+        self._operations[turn] = Copy(key, place.frame, epoch, exact=place.last and not place.mosaic)
+        self.counters.copied += 1
+
+    def restore_mosaic(self, page: int, data: bytes) -> int:
+        """FREE -> MOSAIC, with bytes of a mosaic frame from the host; gives the frame.
+
+        Raises:
+            CapacityError: no mosaic frame is free.
+        """
+        return self._restore(page, PageState.MOSAIC, self.mosaic.take(), data)
+
+    def restore_dense(self, page: int, data: bytes, sink: bool) -> int:
+        """FREE -> SEALED, with bytes of a dense frame from the host; gives the frame.
+
+        Args:
+            sink: the page starts a sequence; if not, it is over the error limit.
+
+        Raises:
+            CapacityError: the capacity theorem's premises do not hold.
+        """
+        if not self.dense.free:
+            self._make_room(1)
+        frame = self._restore(page, PageState.SEALED, self.dense.take(), data)
+        self.sealed[page] = None
+        (self.sinks if sink else self.costly).add(page)
+        return frame
 
     def encode_cold(self) -> None:
         """SEALED -> ENCODING for every sealed page outside recent windows that is no sink, as far as frames allow.
@@ -161,11 +253,13 @@ class PageLifecycle:
 
     def take_updates(self) -> Updates:
         """Hand over what has been decided, and regard it as published: ENCODING -> MOSAIC."""
-        updates = Updates(list(self._encodings.values()), self._table)
+        updates = Updates([self._operations[turn] for turn in sorted(self._operations)], self._table)
         for encoding in updates.encodings:
             self.state[encoding.page] = PageState.MOSAIC
         self.counters.encoded += len(updates.encodings)
-        self._encodings, self._table = {}, {}
+        self._operations, self._table = {}, {}
+        self._under_way.clear()
+        self._left.clear()
         return updates
 
     @property
@@ -201,6 +295,33 @@ class PageLifecycle:
             del self.sealed[page]
             self._new.pop(page, None)
             self.state[page] = PageState.ENCODING
-            self._encodings[page] = encoding
+            self._begin(page, encoding)
             self.frame[page] = self._table[page] = encoding.mosaic_frame
             self.dense.give_back(encoding.dense_frame)
+
+    def _restore(self, page: int, state: PageState, frame: int, data: bytes) -> int:
+        if self.state[page] is not PageState.FREE:
+            raise InvariantError(f"page {page} was restored while it was {self.state[page].name}")
+        self.state[page] = state
+        self.frame[page] = self._table[page] = frame
+        self._begin(page, Restore(frame, data))
+        self.counters.allocated += 1
+        self.counters.restored += 1
+        return frame
+
+    def _begin(self, page: int, operation: Operation) -> None:
+        self._under_way[page] = next(self._turns)
+        self._operations[self._under_way[page]] = operation
+
+    def _leave(self, page: int) -> None:
+        """Remember where a page's bytes are, for `copy_out`."""
+        turn = self._under_way.get(page)
+        operation = None if turn is None else self._operations[turn]
+        last = page in self.sinks or page in self.costly
+        if operation is None:
+            self._left[page] = Place(self.frame[page], self.state[page] is PageState.MOSAIC, last)
+        elif isinstance(operation, Encoding):
+            # Another page may have the dense frame by now, so the copy takes the turn of the encoding.
+            self._left[page] = Place(operation.dense_frame, False, last, turn)
+        else:
+            self._left.pop(page, None)

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
+import itertools
+from collections.abc import Callable, Collection, Iterable, Sequence
 
 import torch
 
 from sglang_mosaic.cache.audit import audit_frames, audit_free_list, audit_tree
+from sglang_mosaic.cache.dense_bytes import dense_bytes, host_bytes, write_dense_bytes
 from sglang_mosaic.cache.epochs import EpochTable
-from sglang_mosaic.cache.lifecycle import Encoding, PageLifecycle
+from sglang_mosaic.cache.host_page import HostPage
+from sglang_mosaic.cache.host_tier import HostTier
+from sglang_mosaic.cache.lifecycle import Copy, Encoding, Operation, PageLifecycle, Restore
 from sglang_mosaic.cache.samples import PageSamples, SampledPage
 from sglang_mosaic.codec.base import Codec, Epoch
+from sglang_mosaic.codec.calibration_job import statistics_to_bytes
+from sglang_mosaic.codec.storage import epoch_from_bytes, epoch_to_bytes
 from sglang_mosaic.config import MosaicConfig
-from sglang_mosaic.errors import InvariantError
+from sglang_mosaic.errors import ConfigError, InvariantError
 from sglang_mosaic.layout import MemoryPlan
 from sglang_mosaic.page import PAGE_SIZE, PageState
 from sglang_mosaic.pool.page_table import PageTable
@@ -59,6 +65,7 @@ class PageMemory:
         # Mean squared error that pages were encoded with, summed over pages and heads.
         self._squared_errors = torch.zeros(len(dense_k), dtype=torch.float64, device=device)
         self.lifecycle = PageLifecycle(plan)
+        self.host: HostTier | None = None
         self.audits = 0
         self._audited: int | None = None
         self._written: list[torch.Tensor] = []
@@ -66,6 +73,12 @@ class PageMemory:
     def set_recent_pages(self, recent_pages: Callable[[], Collection[int]]) -> None:
         """Tell which pages lie in the recent windows of running requests."""
         self.lifecycle.recent_pages = recent_pages
+
+    def connect(self, host: HostTier) -> None:
+        """Let evicted pages go to the host and come back from it."""
+        self.host = host
+        for epoch in self.epochs.live:
+            host.put_epoch(epoch.hash, epoch_to_bytes(epoch))
 
     # Events of the allocator (schedule stream; host only).
 
@@ -84,6 +97,44 @@ class PageMemory:
         self._unjudged.clear()
         self.lifecycle.clear()
 
+    # The host (schedule stream; host only).
+
+    def evicted(self, pages: Iterable[int], keys: Iterable[bytes]) -> None:
+        """Pages that were just freed left the prefix tree: keep them on the host, under these keys."""
+        for page, key in zip(pages, keys, strict=True):
+            self.lifecycle.copy_out(page, key, self.epochs.of)
+
+    def adopt(self, data: bytes) -> bool:
+        """Make pages of an epoch from the host readable; False: it is not of this cache, or too many are alive."""
+        try:
+            epoch = epoch_from_bytes(data, self.table.frames.device)
+        except ConfigError:
+            return False
+        return self.codec.fits(epoch) and self.epochs.adopt(epoch, self._mosaic_in_use())
+
+    def valid(self, pages: Sequence[HostPage]) -> int:
+        """How many of these pages, from the first on, hold what they should."""
+        return next((i for i, page in enumerate(pages) if not self._holds_page(page)), len(pages))
+
+    def restorable(self, pages: Sequence[HostPage]) -> int:
+        """How many of these pages, from the first on, have mosaic frames if they need them."""
+        needed = itertools.accumulate(bool(page.epoch) for page in pages)
+        return sum(count <= self.lifecycle.mosaic.free for count in needed)
+
+    def restore(self, pages: Sequence[int], contents: Sequence[HostPage], sequence_start: bool) -> None:
+        """Pages were handed out for what comes back from the host, `restorable` all of it.
+
+        Args:
+            sequence_start: the first of them starts a sequence.
+        """
+        self._seal_written()
+        for i, (page, content) in enumerate(zip(pages, contents, strict=True)):
+            if content.epoch:
+                frame = self.lifecycle.restore_mosaic(page, content.data)
+                self.epochs.assign([frame], self.epochs.number(content.epoch))
+            else:
+                self.lifecycle.restore_dense(page, content.data, sink=sequence_start and i == 0)
+
     # Events of the forward (its own stream).
 
     def begin_forward(self) -> None:
@@ -99,8 +150,10 @@ class PageMemory:
             self._judge(self.config.max_error)
         if seal and self.epochs.current is not None:
             self.lifecycle.encode_cold()
+        self._take_epoch()
         updates = self.lifecycle.take_updates()
-        self._encode(updates.encodings)
+        for kind, run in itertools.groupby(updates.operations, type):
+            self._apply(kind, list(run))
         self.table.update(updates.table)
 
     def forward_launched(self, slots: torch.Tensor) -> None:
@@ -182,6 +235,7 @@ class PageMemory:
             "pages_encoded_over_error": pages.counters.encoded_costly,
             "encodings_cancelled": pages.counters.cancelled,
             "audits": self.audits,
+            "host": None if self.host is None else self.host.stats(),
         }
 
     def _seal_written(self) -> None:
@@ -193,14 +247,19 @@ class PageMemory:
         last = slots[slots % PAGE_SIZE == PAGE_SIZE - 1]
         self.lifecycle.seal((last // PAGE_SIZE).tolist())
 
+    def _apply(self, kind: type[Operation], operations: list) -> None:
+        if kind is Encoding:
+            self._encode(operations)
+        elif kind is Copy:
+            self._copy_out(operations)
+        else:
+            self._bring_back(operations)
+
     def _encode(self, encodings: list[Encoding]) -> None:
-        if not encodings:
-            return
         dense = [e.dense_frame for e in encodings]
-        in_use = (frame for frame in self.lifecycle.frame if frame >= self.table.first_mosaic)
         # What is encoded now has no number yet and cannot hold on to an old epoch.
         target = {e.mosaic_frame for e in encodings}
-        if self.epochs.due(frame for frame in in_use if frame not in target):
+        if self.epochs.due(frame for frame in self._mosaic_in_use() if frame not in target):
             self._calibrate(dense)
         device = self.table.frames.device
         epoch = self.epochs.current
@@ -211,6 +270,55 @@ class PageMemory:
             self.slab.frames[:, epoch.span(layer)].index_copy_(0, rows, data)
             self._squared_errors[layer] += errors.double().square().mean(1).sum()
         self.epochs.written(e.mosaic_frame for e in encodings)
+
+    def _copy_out(self, copies: list[Copy]) -> None:
+        """Hand pages to the host, as many as it has room for."""
+        room = self.host.room(self.plan.frame_bytes.dense)
+        self.host.counters.offered += len(copies)
+        self.host.counters.dropped += max(len(copies) - room, 0)
+        for epoch, run in itertools.groupby(copies[:room], lambda copy: (copy.epoch, copy.exact)):
+            self._copy_alike(list(run), *epoch)
+
+    def _copy_alike(self, copies: list[Copy], epoch: Epoch | None, exact: bool) -> None:
+        frames = torch.tensor([copy.frame for copy in copies], device=self.table.frames.device)
+        if exact:
+            rows, hash_ = dense_bytes(self.dense_k, self.dense_v, frames), ""
+        elif epoch is not None:
+            rows, hash_ = self.slab.frames[:, : epoch.frame_bytes][frames - self.table.first_mosaic], epoch.hash
+        elif (epoch := self.epochs.current) is not None:
+            layers = range(len(self.dense_k))
+            rows = torch.cat([epoch.encode(layer, *self.dense_rows(layer, frames))[0] for layer in layers], 1)
+            hash_ = epoch.hash
+        else:
+            self.host.counters.dropped += len(copies)
+            return
+        self.host.keep([(copy.key, hash_) for copy in copies], rows)
+
+    def _bring_back(self, restores: list[Restore]) -> None:
+        first = self.table.first_mosaic
+        for (mosaic, _), run in itertools.groupby(restores, lambda r: (r.frame >= first, len(r.data))):
+            alike = list(run)
+            frames = torch.tensor([restore.frame for restore in alike], device=self.table.frames.device)
+            rows = torch.empty(len(alike), len(alike[0].data), dtype=torch.uint8, pin_memory=frames.is_cuda)
+            for row, restore in zip(rows, alike, strict=True):
+                row.copy_(host_bytes(restore.data))
+            rows = rows.to(frames.device, non_blocking=True)
+            if mosaic:
+                self.slab.frames[:, : rows.shape[1]].index_copy_(0, frames - first, rows)
+            else:
+                write_dense_bytes(self.dense_k, self.dense_v, frames, rows)
+
+    def _holds_page(self, page: HostPage) -> bool:
+        """Whether the bytes have the right number and the formats that the epoch has."""
+        if not page.epoch:
+            return len(page.data) == self.plan.frame_bytes.dense
+        number = self.epochs.number(page.epoch)
+        if number is None or len(page.data) != self.epochs[number].frame_bytes:
+            return False
+        return self.epochs[number].admit(host_bytes(page.data)[None])
+
+    def _mosaic_in_use(self) -> Iterable[int]:
+        return (frame for frame in self.lifecycle.frame if frame >= self.table.first_mosaic)
 
     def _look_at(self, pages: list[int]) -> None:
         """Sample newly sealed pages for calibrations to come."""
@@ -238,9 +346,26 @@ class PageMemory:
 
     def _calibrate(self, frames: Iterable[int]) -> None:
         """Start an epoch from the sampled pages, and from pages about to be encoded where those are few."""
+        if self.host is not None and self.host.calibrating and self.epochs.current is not None:
+            return
         samples = self._samples.layers(frames, self.table.frames.device)
-        self.epochs.start(self.codec.calibrate(samples))
-        self._on_epoch(self.epochs.current)
+        if self.host is not None and self.host.calibrates and self.epochs.current is not None:
+            # Nothing waits for it: pages are encoded with the last epoch meanwhile.
+            self.host.calibrate(statistics_to_bytes(self.codec.statistics(samples)))
+        else:
+            self._start(self.codec.calibrate(samples))
+
+    def _take_epoch(self) -> None:
+        """Start an epoch that the manager made, if there is still room for it."""
+        made = None if self.host is None else self.host.take_epoch()
+        if made is not None and self.epochs.due(self._mosaic_in_use()):
+            self._start(epoch_from_bytes(made, self.table.frames.device))
+
+    def _start(self, epoch: Epoch) -> None:
+        self.epochs.start(epoch)
+        self._on_epoch(epoch)
+        if self.host is not None:
+            self.host.put_epoch(epoch.hash, epoch_to_bytes(epoch))
 
     def _read(self, frames: list[int]) -> list[SampledPage]:
         rows = torch.tensor(frames, device=self.table.frames.device)

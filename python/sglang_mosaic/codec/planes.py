@@ -42,6 +42,15 @@ class PlanesEpoch(Epoch):
         """Of every layer, where each head's segment lies among its bytes."""
         self._v_weights = [value_weights(layer.basis, [head.v_weight for head in layer.heads]) for layer in layers]
         """Of every layer and head, what a squared error of each stored channel of V counts."""
+        segments = [
+            (self._spans[i].start + span.start, head.formats)
+            for i, layer in enumerate(layers)
+            for head, span in zip(layer.heads, self._segments[i], strict=True)
+        ]
+        self._headers = [start + FORMAT for start, _ in segments]
+        """In a frame, of every layer and head."""
+        self._format_counts = torch.tensor([len(formats) for _, formats in segments])
+        self._has_rare = any(_rare(fmt) for _, formats in segments for fmt in formats)
         self.rare: frozenset[str] = frozenset()
         """"topk", "exceptions": what segments encoded so far have. Kernels are compiled without what no segment has."""
 
@@ -113,11 +122,24 @@ class PlanesEpoch(Epoch):
             means[rows, h] = strategies.mean_values(fmt, segments)
         return means
 
+    def admit(self, frames: torch.Tensor) -> bool:
+        """Whether whole frames from elsewhere are of this epoch, by the formats that their headers name.
+
+        Args:
+            frames: uint8 [P, frame_bytes], in host memory.
+        """
+        numbers = frames[:, self._headers]
+        if (numbers >= self._format_counts).any():
+            return False
+        if self._has_rare:
+            for segment, found in enumerate(numbers.T.tolist()):
+                layer, h = divmod(segment, len(self.layers[0].heads))
+                for number in set(found):
+                    self._note_rare(self.layers[layer].heads[h].formats[number])
+        return True
+
     def _note_rare(self, fmt: Format) -> None:
-        if not isinstance(fmt, SegmentFormat):
-            self.rare |= {"topk"}
-        elif fmt.exceptions:
-            self.rare |= {"exceptions"}
+        self.rare |= _rare(fmt)
 
     def _stored(self, layer: int, data: torch.Tensor) -> Iterator[tuple[int, Format, torch.Tensor, torch.Tensor]]:
         """Head, format, pages and bytes of the segments of each head and format.
@@ -216,6 +238,17 @@ class PlanesCodec(Codec):
     def state_bytes(self) -> int:
         return self._queries.nbytes
 
+    def fits(self, epoch: PlanesEpoch) -> bool:
+        """Whether frames of an epoch made elsewhere could be this codec's."""
+        layers, heads, k_dim, v_dim = self._shape
+        shapes = {(*layer.basis.k_basis.shape, layer.basis.v_basis.shape[-1]) for layer in epoch.layers}
+        return (
+            len(epoch.layers) == layers
+            and shapes == {(heads, k_dim, k_dim, v_dim)}
+            and epoch.page_size == self.page_size
+            and epoch.frame_bytes <= self._frame_bytes
+        )
+
     def observe_queries(self, layer: int, q: torch.Tensor) -> None:
         if not self._queries.full(layer):
             self._queries.observe(layer, q)
@@ -249,6 +282,13 @@ def calibrate(given: CalibrationInput) -> PlanesEpoch:
         ValueError: a value is not finite.
     """
     return PlanesEpoch(make_plan(given.layers, given.frame_bytes, given.scale), given.page_size)
+
+
+def _rare(fmt: Format) -> frozenset[str]:
+    """What a format has that kernels are not usually compiled for."""
+    if not isinstance(fmt, SegmentFormat):
+        return frozenset({"topk"})
+    return frozenset({"exceptions"}) if fmt.exceptions else frozenset()
 
 
 def _spans(sizes: Iterable[int]) -> list[slice]:

@@ -76,6 +76,16 @@ class ManagerClient(ABC):
     The manager may be absent, dead, stopped or lying at any time; the worst that follows is a miss.
     """
 
+    @property
+    @abstractmethod
+    def connected(self) -> bool:
+        """Whether there is a manager that answers."""
+
+    @property
+    @abstractmethod
+    def room(self) -> int:
+        """Payloads that may go on their way now, puts and fetches together."""
+
     @abstractmethod
     def put(self, key: bytes, meta: Meta, data: bytes | memoryview) -> bool:
         """Hand over an evicted page; its bytes are copied before this returns.

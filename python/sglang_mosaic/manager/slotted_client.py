@@ -41,12 +41,7 @@ class SlottedClient(ManagerClient):
         self._metrics: dict = {}
         self._begin(SlotMemory.create(options.slots, options.slot_bytes))
 
-    # What a way of messages has to offer.
-
-    @property
-    @abstractmethod
-    def connected(self) -> bool:
-        """Whether there is a manager that answers."""
+    # What a way of messages has to offer besides `connected`.
 
     @abstractmethod
     def _send(self, data: bytes) -> bool:
@@ -57,6 +52,10 @@ class SlottedClient(ManagerClient):
         """The next message, if there is one."""
 
     # The contract.
+
+    @property
+    def room(self) -> int:
+        return self._slots.free
 
     def put(self, key: bytes, meta: Meta, data: bytes | memoryview) -> bool:
         if not 0 < len(data) <= self._memory.slot_bytes:

@@ -1,0 +1,148 @@
+"""The host tier of a server: the manager's options, whose pages are whose, and when the scheduler turns to it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import os
+import time
+import uuid
+from pathlib import Path
+from typing import Any
+
+from mosaic_kernels.segment import REVISION
+from sglang_mosaic.adapter.arguments import selects_mosaic
+from sglang_mosaic.adapter.restoring import RestoringPays
+from sglang_mosaic.cache.host_tier import HostTier
+from sglang_mosaic.cache.memory import PageMemory
+from sglang_mosaic.config import MosaicConfig
+from sglang_mosaic.errors import ConfigError
+from sglang_mosaic.layout import FrameBytes
+from sglang_mosaic.manager.keys import namespace
+from sglang_mosaic.manager.options import ManagerOptions
+from sglang_mosaic.manager.zmq_client import ZmqClient
+
+logger = logging.getLogger(__name__)
+
+GIB = 1 << 30
+SLOTS = 16
+OUTBOX_BYTES = GIB // 4
+"""Most bytes of pages that wait for the manager, unless twice the slots are more."""
+RAW_SHARE = 4
+"""One part in so many of the host's memory holds its newest pages uncompressed: they come back much faster."""
+BUSY_SLEEP_S = 0.001
+"""Sleep of an idle scheduler while pages are on their way."""
+
+
+def manager_options(config: MosaicConfig, frame_bytes: FrameBytes) -> ManagerOptions:
+    """Options of the manager of one rank."""
+    host_bytes = int(config.host_gb * GIB)
+    return ManagerOptions(
+        slot_bytes=max(frame_bytes.dense, frame_bytes.mosaic),
+        slots=SLOTS,
+        host_bytes=host_bytes,
+        host_raw_bytes=host_bytes // RAW_SHARE,
+        host_max_error=config.host_max_error,
+        disk=config.disk,
+        disk_bytes=int(config.disk_gb * GIB),
+    )
+
+
+def connect(scheduler: Any, memory: PageMemory) -> None:
+    """Give a scheduler its host tier, if one is asked for. In the thread that polls it: the manager dies with it.
+
+    Raises:
+        SystemExit: there is no place for the manager's sockets.
+    """
+    config = memory.config
+    if not config.host_gb:
+        return
+    options = manager_options(config, memory.plan.frame_bytes)
+    try:
+        client = ZmqClient(options)
+    except ConfigError as error:
+        raise SystemExit(f"sglang_mosaic: --mosaic-host-gb: {error}") from error
+    tier = HostTier(
+        client,
+        max(OUTBOX_BYTES, 2 * SLOTS * options.slot_bytes),
+        options.slots,
+        readable=lambda hash_: memory.epochs.number(hash_) is not None,
+        adopt=memory.adopt,
+    )
+    tier.poll()
+    memory.connect(tier)
+    rate = scheduler.tp_worker.model_runner.prefill_rate
+    scheduler.tree_cache.connect(identity(scheduler, memory), RestoringPays(config.restore_from, rate))
+    # From here on the scheduler asks the tree about the requests in its queue.
+    scheduler.enable_hicache_storage = True
+    logger.info("sglang_mosaic: evicted pages go to the host, %.3g GB%s", config.host_gb, _disk(config))
+
+
+def identity(scheduler: Any, memory: PageMemory) -> bytes:
+    """Of all that gives the pages of some tokens their bytes: weights, how they are computed, the codec.
+
+    Servers with the same identity read each other's pages. What cannot be told apart gets one of its own.
+    """
+    args, model = scheduler.server_args, scheduler.model_config
+    fields = (
+        "dtype",
+        "quantization",
+        "json_model_override_args",
+        "kv_cache_dtype",
+        "tp_size",
+        "ep_size",
+        "moe_dp_size",
+    )
+    told = {name: repr(getattr(args, name, None)) for name in fields}
+    told["weights"] = _weights(args, model)
+    told["rank"] = repr(scheduler.ps.tp_rank)
+    told["codec"] = repr((REVISION, dataclasses.astuple(memory.plan.frame_bytes)))
+    return namespace(json.dumps(told, sort_keys=True))
+
+
+def _weights(args: Any, model: Any) -> str:
+    """Of the checkpoint: its files, or the commit that a hub gave."""
+    path = Path(args.model_path)
+    if args.load_format == "dummy":
+        return uuid.uuid4().hex
+    if path.is_dir():
+        files = sorted(file for file in path.iterdir() if file.is_file())
+        return repr([(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files])
+    commit = getattr(model.hf_config, "_commit_hash", None)
+    return repr((args.model_path, commit)) if commit else uuid.uuid4().hex
+
+
+def _disk(config: MosaicConfig) -> str:
+    return f", and to {os.path.abspath(config.disk)}, {config.disk_gb:.3g} GB" if config.disk else ""
+
+
+def tier_of(scheduler: Any) -> HostTier | None:
+    """The host tier of a scheduler, if it has one."""
+    if not selects_mosaic(scheduler.server_args):
+        return None
+    return scheduler.token_to_kv_pool_allocator.get_kvcache().memory.host
+
+
+def before_next_batch(self: Any, *args: Any, **kwargs: Any) -> None:
+    """Once a turn of the scheduler."""
+    tier = tier_of(self)
+    if tier is not None:
+        tier.poll()
+
+
+def around_prefetch(original, self, req):
+    """A request enters the queue."""
+    if tier_of(self) is None:
+        original(self, req)
+    else:
+        self.tree_cache.begin_restore(req)
+
+
+def around_idle_sleep(original, self):
+    """Sleep less while pages are on their way."""
+    tier = tier_of(self)
+    if tier is not None and tier.busy:
+        time.sleep(BUSY_SLEEP_S)
+    else:
+        original(self)

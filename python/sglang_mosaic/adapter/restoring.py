@@ -1,0 +1,81 @@
+"""Which evicted pages are brought back for a request, and how long it waits for them."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from array import array
+from collections.abc import Callable
+
+from sglang.srt.mem_cache.radix_cache import RadixKey
+
+from sglang_mosaic.page import PAGE_SIZE
+
+UNKNOWN_S = 2.0
+"""Wait for pages as long as nobody knows how long computing them takes."""
+SLOW = 0.3
+"""Weight of the newest of several measurements."""
+FORGET = 0.95
+"""What remains of a restore's measured time whenever it was found too long: another try comes."""
+
+
+@dataclasses.dataclass
+class Restoring:
+    """A request in the queue that waits for pages."""
+
+    tokens: array[int]
+    """From the start of the sequence to the end of the last page wanted."""
+    extra_key: str | None
+    priority: int
+    first: int
+    """Pages that the tree had at first."""
+    at: int = 0
+    """Pages that the tree has."""
+    restored: int = 0
+    found: int = 0
+    """Pages that somebody else brought meanwhile."""
+    since: float = dataclasses.field(default_factory=time.monotonic)
+
+    def __post_init__(self) -> None:
+        self.at = self.first
+
+    def key(self, pages: int) -> RadixKey:
+        """Of the first pages of the sequence."""
+        return RadixKey(self.tokens[: pages * PAGE_SIZE], self.extra_key)
+
+
+class RestoringPays:
+    """Restoring against computing again, as measured by this server.
+
+    Args:
+        least_tokens: a shorter run of tokens is computed.
+        prefill_rate: tokens that this server computes in a second, None: not known yet.
+    """
+
+    def __init__(self, least_tokens: int, prefill_rate: Callable[[], float | None]) -> None:
+        self._least_tokens = least_tokens
+        self._prefill_rate = prefill_rate
+        self.page_s = 0.0
+        """Seconds that a restored page took."""
+        self.skipped = 0
+        """Runs of pages that were not asked for, as computing them is faster."""
+
+    def budget_s(self, pages: int) -> float | None:
+        """How long to wait for pages at most: as long as computing them takes. None: compute them."""
+        if pages * PAGE_SIZE < max(self._least_tokens, 1):
+            return None
+        rate = self._prefill_rate()
+        if rate is None:
+            return UNKNOWN_S
+        budget_s = pages * PAGE_SIZE / rate
+        if pages * self.page_s > budget_s:
+            self.page_s *= FORGET
+            self.skipped += 1
+            return None
+        return budget_s
+
+    def waited(self, restoring: Restoring) -> None:
+        """A request has waited for pages."""
+        if restoring.restored:
+            page_s = (time.monotonic() - restoring.since) / restoring.restored
+            self.page_s += (page_s - self.page_s) * (SLOW if self.page_s else 1.0)

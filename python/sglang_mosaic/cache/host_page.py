@@ -1,0 +1,26 @@
+"""A page as the host keeps it."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from mosaic_kernels.segment import REVISION
+from sglang_mosaic.wire.messages import Meta, RecordKind
+
+
+class HostPage(NamedTuple):
+    """Bytes of one page, all layers and KV heads of this rank."""
+
+    epoch: str
+    """Hash of the calibration of a mosaic frame; empty: a dense frame, K and V of one layer after the other."""
+    data: bytes | memoryview
+
+
+def meta_of(page: HostPage) -> Meta:
+    """What the manager is told about a page."""
+    return Meta(RecordKind.PAGE, REVISION, page.epoch)
+
+
+def page_of(meta: Meta, data: bytes) -> HostPage | None:
+    """A page of a record; None: its byte format is another one."""
+    return HostPage(meta.epoch, data) if meta.revision == REVISION else None

@@ -1,0 +1,171 @@
+"""The pool's view of the host: pages that leave it go there, and pages that a request needs come back.
+
+Nothing here waits. What finds no room is dropped and counted: its tokens are computed again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+
+import torch
+
+from sglang_mosaic.cache.host_copies import HostCopies
+from sglang_mosaic.cache.host_page import HostPage, meta_of
+from sglang_mosaic.cache.restores import Restores
+from sglang_mosaic.manager.client import Lookup, ManagerClient, Status, Ticket
+
+PUTS_PER_POLL = 4
+"""Pages handed to the manager by one poll: copying them takes a step's time."""
+
+
+@dataclasses.dataclass
+class HostCounters:
+    """Totals since the server started, in pages."""
+
+    offered: int = 0
+    dropped: int = 0
+    """Of the offered: nothing had room for them, or no calibration was there to encode them with."""
+    restored: int = 0
+    missed: int = 0
+    """Asked for and not restored: lost, damaged, unreadable, late, or without room in the pool."""
+
+
+class HostTier:
+    """
+    Args:
+        client: of the manager; closed here.
+        most_bytes: of pages that wait for the manager, in host memory.
+        slots: payloads that the client can have under way.
+        readable: whether pages of an epoch can be read.
+        adopt: makes pages of an epoch readable, given its bytes; False: they cannot be.
+    """
+
+    def __init__(
+        self,
+        client: ManagerClient,
+        most_bytes: int,
+        slots: int,
+        readable: Callable[[str], bool],
+        adopt: Callable[[bytes], bool],
+    ) -> None:
+        self.counters = HostCounters()
+        self._client = client
+        self._most_bytes = most_bytes
+        self._spare_slots = slots // 2
+        self._copies = HostCopies()
+        self._outbox: OrderedDict[bytes, HostPage] = OrderedDict()
+        self._outbox_bytes = 0
+        self._restores = Restores(client, max(slots // 2, 1), self._outbox.get, readable, adopt)
+        self._calibration: Ticket | None = None
+        self._calibrated: bytes | None = None
+        self._failed = False
+
+    # Out.
+
+    def room(self, page_bytes: int) -> int:
+        """Pages that `keep` has room for."""
+        return max(self._most_bytes - self._outbox_bytes - self._copies.nbytes, 0) // page_bytes
+
+    def keep(self, labels: list[tuple[bytes, str]], rows: torch.Tensor) -> None:
+        """Pages leave the pool.
+
+        Args:
+            labels: key and hash of the epoch of each page; an empty hash: the page is dense.
+            rows: uint8 [pages, bytes], on the pool's device; nobody else writes to them. At most `room` of them.
+        """
+        self._copies.start(labels, rows)
+
+    # Back.
+
+    def held(self, keys: Sequence[bytes]) -> int:
+        """How many of the pages, from the first on, may be had."""
+        for i, key in enumerate(keys):
+            if key not in self._outbox and self._client.lookup(key) is Lookup.MISS:
+                return i
+        return len(keys)
+
+    def begin(self, name: str, keys: Sequence[bytes], budget_s: float) -> None:
+        """As `Restores.begin`."""
+        self._restores.begin(name, keys, budget_s)
+
+    def take(self, name: str) -> list[HostPage]:
+        """As `Restores.take`."""
+        return self._restores.take(name)
+
+    def done(self, name: str) -> bool:
+        """As `Restores.done`."""
+        return self._restores.done(name)
+
+    def cancel(self, name: str) -> None:
+        """As `Restores.cancel`."""
+        self._restores.cancel(name)
+
+    # Calibration.
+
+    def put_epoch(self, hash_: str, data: bytes) -> None:
+        """As `ManagerClient.put_epoch`."""
+        self._client.put_epoch(hash_, data)
+
+    @property
+    def calibrating(self) -> bool:
+        """Whether an epoch is being made."""
+        return self._calibration is not None
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether an epoch can be had from the manager: it is there, and the last one did not fail."""
+        return self._client.connected and not self._failed
+
+    def calibrate(self, statistics: bytes) -> None:
+        """Have an epoch made of statistics (codec/calibration_job.py)."""
+        self._calibration = self._client.calibrate(statistics)
+
+    def take_epoch(self) -> bytes | None:
+        """The epoch that was made since this was asked last."""
+        data, self._calibrated = self._calibrated, None
+        return data
+
+    # Turns.
+
+    @property
+    def busy(self) -> bool:
+        """Whether `poll` has something to move on."""
+        return bool(self._outbox or self._copies.nbytes or self._restores.waiting)
+
+    def poll(self) -> None:
+        """Move everything on. Call once a step, and while idle a few times a second; more often while `busy`."""
+        for key, page in self._copies.finished():
+            if key not in self._outbox:
+                self._outbox[key] = page
+                self._outbox_bytes += len(page.data)
+        for completion in self._client.poll():
+            if completion.ticket == self._calibration:
+                self._calibration = None
+                self._failed = completion.status is not Status.OK
+                self._calibrated = None if self._failed else completion.data
+            else:
+                self._restores.completed(completion)
+        self._restores.poll()
+        for _ in range(PUTS_PER_POLL):
+            # Restores have the other half of the slots.
+            if not self._outbox or not self._client.connected or self._client.room <= self._spare_slots:
+                break
+            key, page = self._outbox.popitem(last=False)
+            self._outbox_bytes -= len(page.data)
+            self.counters.dropped += not self._client.put(key, meta_of(page), page.data)
+
+    def stats(self) -> dict[str, object]:
+        """Counters and gauges, JSON-serialisable."""
+        return {
+            **dataclasses.asdict(self.counters),
+            "outbox_pages": len(self._outbox),
+            "outbox_bytes": self._outbox_bytes + self._copies.nbytes,
+            "restores_waiting": self._restores.waiting,
+            **self._client.stats(),
+        }
+
+    def close(self) -> None:
+        """End the manager, which keeps what it was given."""
+        self._client.close()
