@@ -16,6 +16,7 @@ SERVER_FILES = (
     "test_server_shared_prefix.py",
     "test_server_calibrated.py",
     "test_server_abuse.py",
+    "test_server_host_tier.py",
     "test_server_dropin.py",
     "test_server_errors.py",
 )

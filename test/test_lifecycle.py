@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from sglang_mosaic.cache.audit import audit_frames
-from sglang_mosaic.cache.lifecycle import PageLifecycle
+from sglang_mosaic.cache.lifecycle import Copy, PageLifecycle, Restore
 from sglang_mosaic.errors import CapacityError, InvariantError
 from sglang_mosaic.layout import FrameBytes, MemoryPlan
 from sglang_mosaic.page import PageState
@@ -119,3 +119,48 @@ def test_cold_pages_are_looked_for_only_after_another_page_was_sealed():
     pages.encode_cold()
     assert [e.page for e in pages.take_updates().encodings] == [2, 4]
     audit_frames(pages)
+
+
+def test_copies_read_frames_before_anybody_writes_to_them():
+    pages = pool(2, 1)
+    sealed(pages, [1, 2])
+    pages.allocate([3])  # one of the two is about to be encoded
+    (page,) = (page for page in (1, 2) if pages.state[page] is PageState.ENCODING)
+    (encoding,) = pages._operations.values()
+    pages.free([3])
+    pages.restore_dense(3, b"", sink=True)  # into the dense frame that the encoding reads
+    assert pages.frame[3] == encoding.dense_frame
+    pages.free([page])
+    pages.copy_out(page, b"key", lambda frame: None)
+    operations = pages.take_updates().operations
+    assert [type(operation) for operation in operations] == [Copy, Restore]
+    assert operations[0].frame == encoding.dense_frame
+    audit_frames(pages)
+
+
+def test_a_page_that_came_back_and_goes_again_is_not_copied():
+    pages = pool(2, 2)
+    pages.take_updates()
+    pages.restore_mosaic(1, b"bytes")
+    pages.free([1])
+    pages.copy_out(1, b"key", lambda frame: None)
+    assert pages.take_updates().operations == [] and pages.counters.copied == 0
+    audit_frames(pages)
+
+
+def test_a_sink_is_copied_as_it_is_and_other_dense_pages_encoded():
+    pages = pool(3, 2)
+    sealed(pages, [1, 2], sinks=[1])
+    pages.free([1, 2])
+    for page in (1, 2):
+        pages.copy_out(page, b"key", lambda frame: None)
+    assert [operation.exact for operation in pages.take_updates().operations] == [True, False]
+
+
+def test_a_page_that_is_in_use_again_is_not_copied():
+    pages = pool(3, 2)
+    sealed(pages, [1])
+    pages.free([1])
+    pages.allocate([1])
+    pages.copy_out(1, b"key", lambda frame: None)
+    assert pages.take_updates().operations == []

@@ -13,6 +13,7 @@ from __future__ import annotations
 from array import array
 from types import SimpleNamespace
 
+import pytest
 import torch
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
@@ -103,6 +104,7 @@ class Pool(RuleBasedStateMachine):
         self.slots = ReqToTokenPool(RUNNING, 1024, "cpu", enable_memory_saver=False)
         self.tree = MosaicRadixCache(CacheInitParams(False, self.slots, self.allocator, PAGE_SIZE))
         self.requests: list[SimpleNamespace] = []
+        self.seen: list[tuple[int, ...]] = []
         self.lagging: tuple[torch.Tensor, torch.Tensor] | None = None
         if windows:
             self.memory.set_recent_pages(self._recent_pages)
@@ -192,7 +194,18 @@ class Pool(RuleBasedStateMachine):
     )
     def arrive(self, prefix: int, shared: int, own: int, seed: int) -> None:
         """A request whose first tokens are one of three common texts."""
-        tokens = [prefix * 1000 + i % 50 for i in range(shared)] + [5000 + seed * 100 + i % 90 for i in range(own)]
+        self._arrive([prefix * 1000 + i % 50 for i in range(shared)] + [5000 + seed * 100 + i % 90 for i in range(own)])
+
+    @precondition(lambda self: self.tier is not None and self.seen and len(self.requests) < RUNNING)
+    @rule(index=st.integers(0, 9), gone=st.sampled_from([64, 200, 10_000]), stale=st.booleans())
+    def come_back(self, index: int, gone: int, stale: bool) -> None:
+        """An earlier prompt, after pages were evicted; with `stale` before a forward has copied them out."""
+        self.tree.evict(EvictParams(num_tokens=gone))
+        if not stale:
+            self.forward(torch.empty(0, dtype=torch.int64), torch.empty(0, DIM))
+        self._arrive(list(self.seen[index % len(self.seen)]))
+
+    def _arrive(self, tokens: list[int]) -> None:
         self._restore(array("q", tokens))
         match = self.tree.match_prefix(MatchPrefixParams(key=RadixKey(array("q", tokens[:-1]))))
         hit = len(match.device_indices)
@@ -217,6 +230,7 @@ class Pool(RuleBasedStateMachine):
         self.slots.alloc([request])
         self.slots.write((request.req_pool_idx, slice(0, hit)), match.device_indices.to(torch.int32))
         self.requests.append(request)
+        self.seen.append(tuple(tokens))
 
     def _restore(self, tokens: array) -> None:
         """What SGLang's scheduler does with a request in its queue, until nothing more comes back for it."""
@@ -347,7 +361,7 @@ class Pool(RuleBasedStateMachine):
 
 TestPool = Pool.TestCase
 TestPool.settings = settings(
-    max_examples=60, stateful_step_count=30, deadline=None, suppress_health_check=list(HealthCheck)
+    max_examples=50, stateful_step_count=30, deadline=None, suppress_health_check=list(HealthCheck)
 )
 
 
@@ -355,3 +369,29 @@ def test_allocator_mirror_names_sequence_starts() -> None:
     from sglang_mosaic.adapter.allocator import first_new_pages
 
     assert first_new_pages([0, 64, 0, 10], [65, 200, 64, 20]) == [0, 5]
+
+
+@pytest.mark.parametrize("policy", ["seal", "pressure"])
+def test_what_was_evicted_comes_back(policy: str) -> None:
+    """Prompts that never fit together come back page by page; without a manager they are computed again."""
+    pool = Pool()
+    pool.build(mosaic=12, roomy=True, windows=False, policy=policy, refresh=0, limit=None, host=True)
+
+    def serve() -> None:
+        while any(request.length < len(request.tokens) for request in pool.requests):
+            pool.prefill(chunks=1, meanwhile="nothing")
+        pool.leave(0, insert=True)
+
+    for seed in range(4):
+        pool.arrive(prefix=seed % 3, shared=200, own=200, seed=seed)
+        serve()
+    for turn in range(12):
+        pool.come_back(index=turn % 4, gone=[64, 300, 10_000][turn % 3], stale=turn == 5)
+        serve()
+    counters = pool.tier.counters
+    assert counters.restored >= 30 and counters.missed == 0, counters
+    pool.tier.close()
+    for index in range(4):
+        pool.come_back(index=index, gone=10_000, stale=False)
+        serve()
+    pool.teardown()

@@ -87,7 +87,7 @@ class ZmqClient(SlottedClient):
         return completions
 
     def stats(self) -> dict[str, object]:
-        return {**super().stats(), "link": self.link.value}
+        return {**super().stats(), "link": self.link.value, "pid": self.manager_pid}
 
     def close(self) -> None:
         if self._closed:
