@@ -67,16 +67,23 @@ LAUNCHES = {
         "sglang_mosaic.launch_server",
         (*COMMON, "--mosaic-encode", "seal", "--mosaic-refresh-pages", "0", "--mosaic-kv-mib", "111", "--mosaic-audit"),
     ),
-    # Pages are compressed when memory runs out (the default), and go to the host when they are evicted; 4,096 logical
-    # tokens. Started as a drop-in by SGLang's own launcher, and made to retract a running request now and then.
+    # Pages are compressed when memory runs out (the default); 4,096 logical tokens. Started as a drop-in by SGLang's
+    # own launcher, and made to retract a running request now and then.
     "pressure": Launch(
         "sglang.launch_server",
         (
             *("--attention-backend", "mosaic", "--radix-cache-backend", "mosaic"),
             *(*COMMON, "--mosaic-refresh-pages", "0", "--mosaic-kv-mib", "57", "--mosaic-audit"),
-            *("--mosaic-host-gb", "0.25"),
         ),
         {"SGLANG_TEST_RETRACT": "1", "SGLANG_TEST_RETRACT_INTERVAL": "20"},
+    ),
+    # Evicted pages go to the host; about 2,000 logical tokens.
+    "host": Launch(
+        "sglang_mosaic.launch_server",
+        (
+            *(*COMMON, "--mosaic-encode", "seal", "--mosaic-calibration-pages", "7", "--mosaic-refresh-pages", "0"),
+            *("--mosaic-kv-mib", "46", "--mosaic-host-gb", "0.25", "--mosaic-audit"),
+        ),
     ),
     # The smallest pool that the refusal of a smaller one names (test_server_errors.py).
     "smallest": Launch("sglang_mosaic.launch_server", (*COMMON, "--mosaic-kv-mib", "36.6", "--mosaic-audit")),
