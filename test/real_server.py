@@ -77,14 +77,6 @@ LAUNCHES = {
         ),
         {"SGLANG_TEST_RETRACT": "1", "SGLANG_TEST_RETRACT_INTERVAL": "20"},
     ),
-    # Evicted pages go to the host; about 2,000 logical tokens.
-    "host": Launch(
-        "sglang_mosaic.launch_server",
-        (
-            *(*COMMON, "--mosaic-encode", "seal", "--mosaic-calibration-pages", "7", "--mosaic-refresh-pages", "0"),
-            *("--mosaic-kv-mib", "46", "--mosaic-host-gb", "0.25", "--mosaic-audit"),
-        ),
-    ),
     # The smallest pool that the refusal of a smaller one names (test_server_errors.py).
     "smallest": Launch("sglang_mosaic.launch_server", (*COMMON, "--mosaic-kv-mib", "36.6", "--mosaic-audit")),
 }
