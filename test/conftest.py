@@ -62,12 +62,6 @@ def pressure_server(servers: Servers) -> Server:
 
 
 @pytest.fixture
-def host_server(servers: Servers) -> Server:
-    """Ours, with a host tier behind a pool of a few prompts."""
-    return servers["host"]
-
-
-@pytest.fixture
 def smallest_server(servers: Servers) -> Server:
     """Ours, with the smallest pool that it accepts."""
     return servers["smallest"]
