@@ -24,9 +24,9 @@ serve: install ## serve on 127.0.0.1:30000; HOST=, PORT=, MODEL=, ARGS="--more -
 test: install model ## run the whole test suite; PYTEST_ARGS="-k name"
 	@$(PY) -m pytest $(PYTEST_ARGS)
 
-test-gpu: install ## run the kernels' tests on this machine's GPU
+test-gpu: install ## run the tests that have something to do there on this machine's GPU
 	@$(PY) -c 'import sys, torch; torch.cuda.is_available() or sys.exit("make test-gpu: torch sees no CUDA device")'
-	@$(PY) -m pytest test/test_kernels_*.py test/test_kernel_attention.py $(PYTEST_ARGS)
+	@$(PY) -m pytest test/test_kernels_*.py test/test_kernel_attention.py test/test_host_*.py $(PYTEST_ARGS)
 
 lint: install ## check the code with ruff
 	@$(PY) -m ruff check .

@@ -16,6 +16,7 @@ SERVER_FILES = (
     "test_server_shared_prefix.py",
     "test_server_calibrated.py",
     "test_server_abuse.py",
+    "test_server_host_tier.py",
     "test_server_dropin.py",
     "test_server_errors.py",
 )
@@ -59,6 +60,12 @@ def seal_server(servers: Servers) -> Server:
 def pressure_server(servers: Servers) -> Server:
     """Ours, compressing when memory runs out, in a small pool; started by SGLang's own launcher."""
     return servers["pressure"]
+
+
+@pytest.fixture
+def host_server(servers: Servers) -> Server:
+    """Ours, with a host tier behind a pool of two prompts."""
+    return servers["host"]
 
 
 @pytest.fixture

@@ -77,6 +77,15 @@ LAUNCHES = {
         ),
         {"SGLANG_TEST_RETRACT": "1", "SGLANG_TEST_RETRACT_INTERVAL": "20"},
     ),
+    # Evicted pages go to the host; 1,024 logical tokens, which is two prompts of test_server_host_tier.py.
+    "host": Launch(
+        "sglang_mosaic.launch_server",
+        (
+            *(*COMMON, "--max-running-requests", "2", "--chunked-prefill-size", "256", "--mosaic-kv-mib", "24"),
+            *("--mosaic-encode", "seal", "--mosaic-calibration-pages", "7", "--mosaic-refresh-pages", "0"),
+            *("--mosaic-host-gb", "0.25", "--mosaic-audit"),
+        ),
+    ),
     # The smallest pool that the refusal of a smaller one names (test_server_errors.py).
     "smallest": Launch("sglang_mosaic.launch_server", (*COMMON, "--mosaic-kv-mib", "36.6", "--mosaic-audit")),
 }

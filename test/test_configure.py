@@ -29,11 +29,35 @@ def test_child_processes_see_what_was_configured():
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("encode", "always"), ("kv_mib", 0), ("dense_fraction", 1.5), ("window_pages", 0), ("calibration_pages", 0)],
+    [
+        ("encode", "always"),
+        ("kv_mib", 0),
+        ("dense_fraction", 1.5),
+        ("window_pages", 0),
+        ("calibration_pages", 0),
+        ("host_gb", -1),
+        ("host_max_error", 1.0),
+        ("disk_gb", 0),
+        ("restore_from", 0),
+    ],
 )
 def test_a_bad_value_is_named_with_its_flag(field, value):
     with pytest.raises(ConfigError, match=rf"--mosaic-{field.replace('_', '-')}: got '?{value}"):
         sglang_mosaic.configure(**{field: value})
+
+
+@pytest.mark.parametrize(
+    ("fields", "flag"),
+    [
+        ({"disk": "/somewhere"}, "--mosaic-disk"),
+        ({"host_max_error": 0.1}, "--mosaic-host-max-error"),
+        ({"host_gb": 1, "encode": "off"}, "--mosaic-host-gb"),
+        ({"host_gb": 1, "codec": "int8"}, "--mosaic-host-gb"),
+    ],
+)
+def test_a_host_tier_without_what_it_needs_is_refused(fields, flag):
+    with pytest.raises(ConfigError, match=rf"{flag}: got .*, which needs --mosaic-"):
+        sglang_mosaic.configure(**fields)
 
 
 def test_a_foreign_environment_variable_is_refused(monkeypatch):

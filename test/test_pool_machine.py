@@ -31,6 +31,8 @@ from sglang.srt.mem_cache.radix_cache import RadixKey  # noqa: E402
 from sglang_mosaic.adapter.allocator import with_page_events  # noqa: E402
 from sglang_mosaic.adapter.cpu_platform_class import cpu_allocator_class  # noqa: E402
 from sglang_mosaic.adapter.radix_cache import MosaicRadixCache  # noqa: E402
+from sglang_mosaic.cache.dense_bytes import dense_bytes  # noqa: E402
+from sglang_mosaic.cache.host_page import HostPage  # noqa: E402
 from sglang_mosaic.cache.host_tier import HostTier  # noqa: E402
 from sglang_mosaic.cache.memory import PageMemory  # noqa: E402
 from sglang_mosaic.codec.planes import PlanesCodec  # noqa: E402
@@ -361,7 +363,7 @@ class Pool(RuleBasedStateMachine):
 
 TestPool = Pool.TestCase
 TestPool.settings = settings(
-    max_examples=40, stateful_step_count=30, deadline=None, suppress_health_check=list(HealthCheck)
+    max_examples=60, stateful_step_count=30, deadline=None, suppress_health_check=list(HealthCheck)
 )
 
 
@@ -395,3 +397,22 @@ def test_what_was_evicted_comes_back(policy: str) -> None:
         pool.come_back(index=index, gone=10_000, stale=False)
         serve()
     pool.teardown()
+
+
+def test_a_sink_comes_back_into_a_pool_without_dense_frames() -> None:
+    """Making room for it encodes other pages, into frames that must not be those of the pages behind it."""
+    pool = Pool()
+    pool.build(mosaic=3, roomy=False, windows=False, policy="pressure", refresh=0, limit=None, host=True)
+    memory, dense = pool.memory, pool.memory.plan.dense_frames
+    slots = pool.allocator.alloc(dense * PAGE_SIZE)
+    pool.forward(slots, token_values(list(range(len(slots)))))
+    pool.forward(torch.empty(0, dtype=torch.int64), torch.empty(0, DIM))
+    frames = torch.arange(1, dense + 1)
+    memory._calibrate(frames.tolist())
+    epoch = memory.epochs.current
+    mosaic = HostPage(epoch.hash, bytes(epoch.encode(0, *memory.dense_rows(0, frames[:1]))[0][0].numpy()))
+    sink = HostPage("", bytes(dense_bytes(memory.dense_k, memory.dense_v, frames[:1])[0].numpy()))
+    assert memory.lifecycle.dense.free == 0 and memory.lifecycle.mosaic.free == 3
+    pool.allocator.alloc_restored([sink, mosaic, mosaic], sequence_start=True)
+    memory.begin_forward()
+    assert memory.lifecycle.mosaic.free == memory.lifecycle.dense.free == 0

@@ -14,6 +14,7 @@ declare_missing_operators()
 from sglang.srt.server_args import ServerArgs  # noqa: E402
 
 from sglang_mosaic.adapter import refusals  # noqa: E402
+from sglang_mosaic.config import MosaicConfig  # noqa: E402
 
 DEFAULTS = {field.name: field.default for field in dataclasses.fields(ServerArgs)}
 
@@ -52,6 +53,23 @@ def test_environment_that_changes_the_pool_is_refused(monkeypatch):
     monkeypatch.setenv("SGLANG_USE_HND_KVCACHE", "1")
     with pytest.raises(SystemExit, match="unset SGLANG_USE_HND_KVCACHE"):
         refusals.refuse_flags(arguments())
+
+
+@pytest.mark.parametrize(
+    ("changes", "flag"),
+    [({"disable_radix_cache": True}, "--disable-radix-cache"), ({"tp_size": 2}, "--tensor-parallel")],
+)
+def test_a_host_tier_that_cannot_work_is_refused(changes, flag):
+    refusals.refuse_host_tier(arguments(**changes), MosaicConfig())
+    with pytest.raises(SystemExit, match=f"--mosaic-host-gb with {flag}"):
+        refusals.refuse_host_tier(arguments(**changes), MosaicConfig(host_gb=1))
+
+
+def test_a_directory_that_others_may_write_to_is_refused(tmp_path):
+    refusals.refuse_host_tier(arguments(), MosaicConfig(host_gb=1, disk=str(tmp_path / "new")))
+    tmp_path.chmod(0o777)
+    with pytest.raises(SystemExit, match="--mosaic-disk"):
+        refusals.refuse_host_tier(arguments(), MosaicConfig(host_gb=1, disk=str(tmp_path)))
 
 
 @pytest.mark.parametrize(

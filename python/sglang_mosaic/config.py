@@ -60,7 +60,7 @@ class MosaicConfig:
     """Relative error of the attention output that pages on the host may be expected to make, what they make already
     included; 0: nothing is lost there."""
     disk: str | None = None
-    """Directory for pages that host memory has no room for; they survive the server, and other servers find them."""
+    """Directory that pages on the host are written to; they survive the server, and other servers find them."""
     disk_gb: float = 10.0
     """Most of that directory's files, in GiB."""
     restore_from: int = 64

@@ -143,8 +143,8 @@ def add_mosaic_group(parser: argparse.ArgumentParser) -> None:
         "--mosaic-disk",
         default=default.disk,
         metavar="DIR",
-        help="directory for pages that host memory has no room for; they survive the server, and servers of one "
-        "machine with the same model share it. Default: none.",
+        help="directory that the pages on the host are written to; they survive the server, and servers of one machine "
+        "with the same model share it. Default: none.",
     )
     group.add_argument(
         "--mosaic-disk-gb",

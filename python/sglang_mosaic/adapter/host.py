@@ -30,7 +30,8 @@ SLOTS = 16
 OUTBOX_BYTES = GIB // 4
 """Most bytes of pages that wait for the manager, unless twice the slots are more."""
 RAW_SHARE = 4
-"""One part in so many of the host's memory holds its newest pages uncompressed: they come back much faster."""
+"""One part in so many of the host's memory holds its newest pages uncompressed: they come back much faster. None with
+--mosaic-disk: what is not compressed is not written yet, and SGLang ends its processes without a warning."""
 BUSY_SLEEP_S = 0.001
 """Sleep of an idle scheduler while pages are on their way."""
 
@@ -42,7 +43,7 @@ def manager_options(config: MosaicConfig, frame_bytes: FrameBytes) -> ManagerOpt
         slot_bytes=max(frame_bytes.dense, frame_bytes.mosaic),
         slots=SLOTS,
         host_bytes=host_bytes,
-        host_raw_bytes=host_bytes // RAW_SHARE,
+        host_raw_bytes=0 if config.disk else host_bytes // RAW_SHARE,
         host_max_error=config.host_max_error,
         disk=config.disk,
         disk_bytes=int(config.disk_gb * GIB),
@@ -121,7 +122,8 @@ def tier_of(scheduler: Any) -> HostTier | None:
     """The host tier of a scheduler, if it has one."""
     if not selects_mosaic(scheduler.server_args):
         return None
-    return scheduler.token_to_kv_pool_allocator.get_kvcache().memory.host
+    host = scheduler.token_to_kv_pool_allocator.get_kvcache().memory.host
+    return None if host is None else host.tier
 
 
 def before_next_batch(self: Any, *args: Any, **kwargs: Any) -> None:

@@ -46,6 +46,7 @@ class PrefillRate:
             event = torch.cuda.Event(enable_timing=True)
             event.record()
             self._under_way.append((tokens, started, event))
+            self()
 
     def _add(self, tokens: int, seconds: float) -> None:
         rate = tokens / max(seconds, 1e-6)

@@ -63,7 +63,7 @@ class MosaicRadixCache(RadixCache):
     def _delete_leaf(self, node: TreeNode) -> None:
         # Its pages were freed just now, and their frames are intact until the next forward.
         if self._identity:
-            self._memory.evicted((node.value[::PAGE_SIZE] // PAGE_SIZE).tolist(), self._keys(node))
+            self._memory.host.evicted((node.value[::PAGE_SIZE] // PAGE_SIZE).tolist(), self._keys(node))
         super()._delete_leaf(node)
 
     def _split_node(self, key: RadixKey, child: TreeNode, split_len: int) -> TreeNode:
@@ -100,24 +100,24 @@ class MosaicRadixCache(RadixCache):
         tokens, matched = request.full_untruncated_fill_ids, len(request.prefix_indices)
         whole = request._compute_max_prefix_len(len(tokens)) // PAGE_SIZE * PAGE_SIZE
         keys = self._keys_below(request.last_node, tokens[matched:whole], request.extra_key)
-        held = self._memory.host.held(keys)
+        held = self._memory.host.tier.held(keys)
         budget_s = self._pays.budget_s(held)
         if budget_s is not None:
             tokens = tokens[: matched + held * PAGE_SIZE]
             self._restoring[request.rid] = Restoring(
                 tokens, request.extra_key, request.priority or 0, matched // PAGE_SIZE
             )
-            self._memory.host.begin(request.rid, keys[:held], budget_s)
+            self._memory.host.tier.restores.begin(request.rid, keys[:held], budget_s)
 
     def check_prefetch_progress(self, name: str) -> bool:
         """Whether a request in the queue waits for no page any more. Puts into the tree what has arrived."""
         restoring = self._restoring.get(name)
         if restoring is None:
             return True
-        pages = self._memory.host.take(name)
+        pages = self._memory.host.tier.restores.take(name)
         if pages and not self._insert_restored(restoring, pages):
-            self._memory.host.cancel(name)
-        elif not self._memory.host.done(name):
+            self._memory.host.tier.restores.cancel(name)
+        elif not self._memory.host.tier.restores.done(name):
             return False
         self._finish(name)
         return True
@@ -129,15 +129,15 @@ class MosaicRadixCache(RadixCache):
     def release_aborted_request(self, name: str) -> None:
         """A request leaves the queue without having run."""
         if name in self._restoring:
-            self._memory.host.cancel(name)
+            self._memory.host.tier.restores.cancel(name)
             self._finish(name)
         self._restored.pop(name, None)
 
     def _finish(self, name: str) -> None:
         restoring = self._restoring.pop(name)
         asked = len(restoring.tokens) // PAGE_SIZE - restoring.first
-        self._memory.host.counters.restored += restoring.restored
-        self._memory.host.counters.missed += asked - restoring.restored - restoring.found
+        self._memory.host.tier.counters.restored += restoring.restored
+        self._memory.host.tier.counters.missed += asked - restoring.restored - restoring.found
         self._pays.waited(restoring)
         self._restored[name] = restoring.restored * PAGE_SIZE
 
@@ -163,10 +163,13 @@ class MosaicRadixCache(RadixCache):
 
     def _make_room(self, pages: list[HostPage]) -> int:
         """Evict for pages that come back; how many of them, from the first on, can be taken."""
-        memory, allocator = self._memory, self.token_to_kv_pool_allocator
-        valid = memory.valid(pages)
-        mosaic = sum(bool(page.epoch) for page in pages[:valid])
-        missing = max(valid - allocator.available_size() // PAGE_SIZE, mosaic - memory.lifecycle.mosaic.free)
-        if missing > 0:
-            self.evict(EvictParams(num_tokens=missing * PAGE_SIZE))
-        return memory.restorable(pages[: min(valid, allocator.available_size() // PAGE_SIZE)])
+        host, allocator = self._memory.host, self.token_to_kv_pool_allocator
+        pages = pages[: host.valid(pages)]
+        while missing := max(len(pages) - allocator.available_size() // PAGE_SIZE, host.missing_frames(pages)):
+            # What is evicted may have the other kind of frame.
+            if not self.evict(EvictParams(num_tokens=missing * PAGE_SIZE)).num_tokens_evicted:
+                break
+        count = min(len(pages), allocator.available_size() // PAGE_SIZE)
+        while host.missing_frames(pages[:count]):
+            count -= 1
+        return count

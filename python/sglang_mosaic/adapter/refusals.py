@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any, NoReturn
 
 from sglang_mosaic.config import MosaicConfig
+from sglang_mosaic.errors import ConfigError
+from sglang_mosaic.manager.store.directory import DirectoryTier
 from sglang_mosaic.page import PAGE_SIZE
 
 _FLAGS = (
@@ -69,6 +72,11 @@ def refuse_host_tier(server_args: Any, config: MosaicConfig) -> None:
         refuse("--mosaic-host-gb with --disable-radix-cache (nothing is ever evicted)", "drop one of them")
     if server_args.tp_size > 1:
         refuse("--mosaic-host-gb with --tensor-parallel-size above 1", "drop one of them")
+    if config.disk:
+        try:
+            DirectoryTier(Path(config.disk), 1 << 62)
+        except ConfigError as error:
+            raise SystemExit(f"sglang_mosaic: {error}") from error
 
 
 def refuse_half_selection(server_args: Any) -> None:

@@ -57,8 +57,6 @@ class RestoringPays:
         self._prefill_rate = prefill_rate
         self.page_s = 0.0
         """Seconds that a restored page took."""
-        self.skipped = 0
-        """Runs of pages that were not asked for, as computing them is faster."""
 
     def budget_s(self, pages: int) -> float | None:
         """How long to wait for pages at most: as long as computing them takes. None: compute them."""
@@ -70,7 +68,6 @@ class RestoringPays:
         budget_s = pages * PAGE_SIZE / rate
         if pages * self.page_s > budget_s:
             self.page_s *= FORGET
-            self.skipped += 1
             return None
         return budget_s
 

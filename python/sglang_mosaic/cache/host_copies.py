@@ -59,7 +59,3 @@ class HostCopies:
                 (key, HostPage(epoch, memoryview(row))) for (key, epoch), row in zip(batch.labels, rows, strict=True)
             ]
         return pages
-
-    def clear(self) -> None:
-        """Forget what is under way."""
-        self._batches.clear()

@@ -57,7 +57,7 @@ class HostTier:
         self._copies = HostCopies()
         self._outbox: OrderedDict[bytes, HostPage] = OrderedDict()
         self._outbox_bytes = 0
-        self._restores = Restores(client, max(slots // 2, 1), self._outbox.get, readable, adopt)
+        self.restores = Restores(client, max(slots // 2, 1), self._outbox.get, readable, adopt)
         self._calibration: Ticket | None = None
         self._calibrated: bytes | None = None
         self._failed = False
@@ -85,22 +85,6 @@ class HostTier:
             if key not in self._outbox and self._client.lookup(key) is Lookup.MISS:
                 return i
         return len(keys)
-
-    def begin(self, name: str, keys: Sequence[bytes], budget_s: float) -> None:
-        """As `Restores.begin`."""
-        self._restores.begin(name, keys, budget_s)
-
-    def take(self, name: str) -> list[HostPage]:
-        """As `Restores.take`."""
-        return self._restores.take(name)
-
-    def done(self, name: str) -> bool:
-        """As `Restores.done`."""
-        return self._restores.done(name)
-
-    def cancel(self, name: str) -> None:
-        """As `Restores.cancel`."""
-        self._restores.cancel(name)
 
     # Calibration.
 
@@ -132,7 +116,7 @@ class HostTier:
     @property
     def busy(self) -> bool:
         """Whether `poll` has something to move on."""
-        return bool(self._outbox or self._copies.nbytes or self._restores.waiting)
+        return bool(self._outbox or self._copies.nbytes or self.restores.waiting)
 
     def poll(self) -> None:
         """Move everything on. Call once a step, and while idle a few times a second; more often while `busy`."""
@@ -146,8 +130,8 @@ class HostTier:
                 self._failed = completion.status is not Status.OK
                 self._calibrated = None if self._failed else completion.data
             else:
-                self._restores.completed(completion)
-        self._restores.poll()
+                self.restores.completed(completion)
+        self.restores.ask()
         for _ in range(PUTS_PER_POLL):
             # Restores have the other half of the slots.
             if not self._outbox or not self._client.connected or self._client.room <= self._spare_slots:
@@ -162,7 +146,7 @@ class HostTier:
             **dataclasses.asdict(self.counters),
             "outbox_pages": len(self._outbox),
             "outbox_bytes": self._outbox_bytes + self._copies.nbytes,
-            "restores_waiting": self._restores.waiting,
+            "restores_waiting": self.restores.waiting,
             **self._client.stats(),
         }
 

@@ -8,11 +8,11 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 import torch
 
 from sglang_mosaic.cache.audit import audit_frames, audit_free_list, audit_tree
-from sglang_mosaic.cache.dense_bytes import dense_bytes, host_bytes, write_dense_bytes
 from sglang_mosaic.cache.epochs import EpochTable
 from sglang_mosaic.cache.host_page import HostPage
 from sglang_mosaic.cache.host_tier import HostTier
-from sglang_mosaic.cache.lifecycle import Copy, Encoding, Operation, PageLifecycle, Restore
+from sglang_mosaic.cache.host_traffic import HostTraffic
+from sglang_mosaic.cache.lifecycle import Copy, Encoding, Operation, PageLifecycle
 from sglang_mosaic.cache.samples import PageSamples, SampledPage
 from sglang_mosaic.codec.base import Codec, Epoch
 from sglang_mosaic.codec.calibration_job import statistics_to_bytes
@@ -65,7 +65,7 @@ class PageMemory:
         # Mean squared error that pages were encoded with, summed over pages and heads.
         self._squared_errors = torch.zeros(len(dense_k), dtype=torch.float64, device=device)
         self.lifecycle = PageLifecycle(plan)
-        self.host: HostTier | None = None
+        self.host: HostTraffic | None = None
         self.audits = 0
         self._audited: int | None = None
         self._written: list[torch.Tensor] = []
@@ -74,11 +74,11 @@ class PageMemory:
         """Tell which pages lie in the recent windows of running requests."""
         self.lifecycle.recent_pages = recent_pages
 
-    def connect(self, host: HostTier) -> None:
+    def connect(self, tier: HostTier) -> None:
         """Let evicted pages go to the host and come back from it."""
-        self.host = host
+        self.host = HostTraffic(self, tier)
         for epoch in self.epochs.live:
-            host.put_epoch(epoch.hash, epoch_to_bytes(epoch))
+            tier.put_epoch(epoch.hash, epoch_to_bytes(epoch))
 
     # Events of the allocator (schedule stream; host only).
 
@@ -97,12 +97,10 @@ class PageMemory:
         self._unjudged.clear()
         self.lifecycle.clear()
 
-    # The host (schedule stream; host only).
-
-    def evicted(self, pages: Iterable[int], keys: Iterable[bytes]) -> None:
-        """Pages that were just freed left the prefix tree: keep them on the host, under these keys."""
-        for page, key in zip(pages, keys, strict=True):
-            self.lifecycle.copy_out(page, key, self.epochs.of)
+    def restore(self, pages: Sequence[int], contents: Sequence[HostPage], sequence_start: bool) -> None:
+        """As `HostTraffic.restore`."""
+        self._seal_written()
+        self.host.restore(pages, contents, sequence_start)
 
     def adopt(self, data: bytes) -> bool:
         """Make pages of an epoch from the host readable; False: it is not of this cache, or too many are alive."""
@@ -111,29 +109,6 @@ class PageMemory:
         except ConfigError:
             return False
         return self.codec.fits(epoch) and self.epochs.adopt(epoch, self._mosaic_in_use())
-
-    def valid(self, pages: Sequence[HostPage]) -> int:
-        """How many of these pages, from the first on, hold what they should."""
-        return next((i for i, page in enumerate(pages) if not self._holds_page(page)), len(pages))
-
-    def restorable(self, pages: Sequence[HostPage]) -> int:
-        """How many of these pages, from the first on, have mosaic frames if they need them."""
-        needed = itertools.accumulate(bool(page.epoch) for page in pages)
-        return sum(count <= self.lifecycle.mosaic.free for count in needed)
-
-    def restore(self, pages: Sequence[int], contents: Sequence[HostPage], sequence_start: bool) -> None:
-        """Pages were handed out for what comes back from the host, `restorable` all of it.
-
-        Args:
-            sequence_start: the first of them starts a sequence.
-        """
-        self._seal_written()
-        for i, (page, content) in enumerate(zip(pages, contents, strict=True)):
-            if content.epoch:
-                frame = self.lifecycle.restore_mosaic(page, content.data)
-                self.epochs.assign([frame], self.epochs.number(content.epoch))
-            else:
-                self.lifecycle.restore_dense(page, content.data, sink=sequence_start and i == 0)
 
     # Events of the forward (its own stream).
 
@@ -235,7 +210,7 @@ class PageMemory:
             "pages_encoded_over_error": pages.counters.encoded_costly,
             "encodings_cancelled": pages.counters.cancelled,
             "audits": self.audits,
-            "host": None if self.host is None else self.host.stats(),
+            "host": None if self.host is None else self.host.tier.stats(),
         }
 
     def _seal_written(self) -> None:
@@ -251,9 +226,9 @@ class PageMemory:
         if kind is Encoding:
             self._encode(operations)
         elif kind is Copy:
-            self._copy_out(operations)
+            self.host.copy_out(operations)
         else:
-            self._bring_back(operations)
+            self.host.bring_back(operations)
 
     def _encode(self, encodings: list[Encoding]) -> None:
         dense = [e.dense_frame for e in encodings]
@@ -270,52 +245,6 @@ class PageMemory:
             self.slab.frames[:, epoch.span(layer)].index_copy_(0, rows, data)
             self._squared_errors[layer] += errors.double().square().mean(1).sum()
         self.epochs.written(e.mosaic_frame for e in encodings)
-
-    def _copy_out(self, copies: list[Copy]) -> None:
-        """Hand pages to the host, as many as it has room for."""
-        room = self.host.room(self.plan.frame_bytes.dense)
-        self.host.counters.offered += len(copies)
-        self.host.counters.dropped += max(len(copies) - room, 0)
-        for epoch, run in itertools.groupby(copies[:room], lambda copy: (copy.epoch, copy.exact)):
-            self._copy_alike(list(run), *epoch)
-
-    def _copy_alike(self, copies: list[Copy], epoch: Epoch | None, exact: bool) -> None:
-        frames = torch.tensor([copy.frame for copy in copies], device=self.table.frames.device)
-        if exact:
-            rows, hash_ = dense_bytes(self.dense_k, self.dense_v, frames), ""
-        elif epoch is not None:
-            rows, hash_ = self.slab.frames[:, : epoch.frame_bytes][frames - self.table.first_mosaic], epoch.hash
-        elif (epoch := self.epochs.current) is not None:
-            layers = range(len(self.dense_k))
-            rows = torch.cat([epoch.encode(layer, *self.dense_rows(layer, frames))[0] for layer in layers], 1)
-            hash_ = epoch.hash
-        else:
-            self.host.counters.dropped += len(copies)
-            return
-        self.host.keep([(copy.key, hash_) for copy in copies], rows)
-
-    def _bring_back(self, restores: list[Restore]) -> None:
-        first = self.table.first_mosaic
-        for (mosaic, _), run in itertools.groupby(restores, lambda r: (r.frame >= first, len(r.data))):
-            alike = list(run)
-            frames = torch.tensor([restore.frame for restore in alike], device=self.table.frames.device)
-            rows = torch.empty(len(alike), len(alike[0].data), dtype=torch.uint8, pin_memory=frames.is_cuda)
-            for row, restore in zip(rows, alike, strict=True):
-                row.copy_(host_bytes(restore.data))
-            rows = rows.to(frames.device, non_blocking=True)
-            if mosaic:
-                self.slab.frames[:, : rows.shape[1]].index_copy_(0, frames - first, rows)
-            else:
-                write_dense_bytes(self.dense_k, self.dense_v, frames, rows)
-
-    def _holds_page(self, page: HostPage) -> bool:
-        """Whether the bytes have the right number and the formats that the epoch has."""
-        if not page.epoch:
-            return len(page.data) == self.plan.frame_bytes.dense
-        number = self.epochs.number(page.epoch)
-        if number is None or len(page.data) != self.epochs[number].frame_bytes:
-            return False
-        return self.epochs[number].admit(host_bytes(page.data)[None])
 
     def _mosaic_in_use(self) -> Iterable[int]:
         return (frame for frame in self.lifecycle.frame if frame >= self.table.first_mosaic)
@@ -346,18 +275,19 @@ class PageMemory:
 
     def _calibrate(self, frames: Iterable[int]) -> None:
         """Start an epoch from the sampled pages, and from pages about to be encoded where those are few."""
-        if self.host is not None and self.host.calibrating and self.epochs.current is not None:
+        # Where there is an epoch already, nothing waits for the next one: pages are encoded with the last meanwhile.
+        tier = None if self.host is None or self.epochs.current is None else self.host.tier
+        if tier is not None and tier.calibrating:
             return
         samples = self._samples.layers(frames, self.table.frames.device)
-        if self.host is not None and self.host.calibrates and self.epochs.current is not None:
-            # Nothing waits for it: pages are encoded with the last epoch meanwhile.
-            self.host.calibrate(statistics_to_bytes(self.codec.statistics(samples)))
+        if tier is not None and tier.calibrates:
+            tier.calibrate(statistics_to_bytes(self.codec.statistics(samples)))
         else:
             self._start(self.codec.calibrate(samples))
 
     def _take_epoch(self) -> None:
         """Start an epoch that the manager made, if there is still room for it."""
-        made = None if self.host is None else self.host.take_epoch()
+        made = None if self.host is None else self.host.tier.take_epoch()
         if made is not None and self.epochs.due(self._mosaic_in_use()):
             self._start(epoch_from_bytes(made, self.table.frames.device))
 
@@ -365,7 +295,7 @@ class PageMemory:
         self.epochs.start(epoch)
         self._on_epoch(epoch)
         if self.host is not None:
-            self.host.put_epoch(epoch.hash, epoch_to_bytes(epoch))
+            self.host.tier.put_epoch(epoch.hash, epoch_to_bytes(epoch))
 
     def _read(self, frames: list[int]) -> list[SampledPage]:
         rows = torch.tensor(frames, device=self.table.frames.device)

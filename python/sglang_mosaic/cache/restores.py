@@ -20,11 +20,17 @@ FETCH_S = 2.0
 class _Restore:
     keys: Sequence[bytes]
     """What is still wanted, from `taken` on."""
-    deadline: float
+    page_s: float
+    """How long to wait for each."""
+    deadline: float = 0.0
     taken: int = 0
     end: int = 0
     """Keys from here on are not to be had."""
     arrived: dict[bytes, HostPage] = dataclasses.field(default_factory=dict)
+
+    def renew(self) -> None:
+        """Wait from now on for what is left."""
+        self.deadline = time.monotonic() + self.page_s * (len(self.keys) - self.taken)
 
     @property
     def wanted(self) -> Sequence[bytes]:
@@ -74,15 +80,17 @@ class Restores:
 
         Args:
             name: of the request.
-            budget_s: seconds after which nothing more is waited for.
+            budget_s: seconds to wait for them at most; whenever some are taken, the share of the others, anew, as a
+                request may stand in the queue for other reasons while its pages are there.
         """
         if not self._restores:
             self._unreadable.clear()
-        restore = _Restore(keys, time.monotonic() + budget_s, end=len(keys))
+        restore = _Restore(keys, budget_s / max(len(keys), 1), end=len(keys))
+        restore.renew()
         for other in self._restores.values():
             restore.arrived.update({key: other.arrived[key] for key in keys if key in other.arrived})
         self._restores[name] = restore
-        self._ask()
+        self.ask()
 
     def take(self, name: str) -> list[HostPage]:
         """Pages that have arrived and follow those that were taken before. They can be read."""
@@ -95,6 +103,8 @@ class Restores:
         for key in keys[:unknown]:
             del restore.arrived[key]
         restore.taken += unknown
+        if unknown:
+            restore.renew()
         return pages[:unknown]
 
     def done(self, name: str) -> bool:
@@ -116,31 +126,26 @@ class Restores:
             if key not in wanted:
                 self._client.cancel(ticket)
                 self._forget(ticket)
-        self._ask()
+        self.ask()
 
-    def completed(self, completion: Completion) -> bool:
-        """Take an answer of the manager; False: it is not for us."""
-        ticket = completion.ticket
-        if ticket in self._epochs:
-            hash_ = self._epochs.pop(ticket)
-            if completion.status is not Status.OK or not self._adopt(completion.data):
+    def completed(self, completion: Completion) -> None:
+        """Take an answer of the manager; one to somebody else's question is left alone."""
+        ok = completion.status is Status.OK
+        if completion.ticket in self._epochs:
+            hash_ = self._epochs.pop(completion.ticket)
+            if not ok or not self._adopt(completion.data):
                 self._unreadable.add(hash_)
-            return True
-        if ticket not in self._pages:
-            return False
-        key = self._pages[ticket]
-        self._forget(ticket)
-        page = page_of(completion.meta, completion.data) if completion.meta is not None else None
-        self._arrived(key, page if completion.status is Status.OK else None)
-        return True
+        elif completion.ticket in self._pages:
+            key = self._pages[completion.ticket]
+            self._forget(completion.ticket)
+            self._arrived(key, page_of(completion.meta, completion.data) if ok else None)
 
-    def poll(self) -> None:
-        """Ask for more, after the answers of this turn were taken."""
-        self._ask()
-
-    def _ask(self) -> None:
+    def ask(self) -> None:
+        """Ask for more, after the answers of a turn were taken."""
         now = time.monotonic()
-        for restore in list(self._restores.values()):
+        for restore in self._restores.values():
+            if now > restore.deadline:
+                continue
             for key in restore.wanted:
                 if key in restore.arrived or key in self._asked:
                     continue
@@ -149,8 +154,7 @@ class Restores:
                     self._arrived(key, page)
                     continue
                 # Without a manager they are misses at once.
-                busy = self._client.connected and self._client.room == 0
-                if len(self._pages) >= self._at_once or busy or now > restore.deadline:
+                if len(self._pages) >= self._at_once or (self._client.connected and self._client.room == 0):
                     return
                 ticket = self._client.fetch(key, timeout_s=min(restore.deadline - now, FETCH_S))
                 self._pages[ticket] = key

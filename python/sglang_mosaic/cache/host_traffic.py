@@ -1,0 +1,112 @@
+"""Pages between the pool's frames and the host: what is decided, and how forwards carry it out."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from sglang_mosaic.cache.dense_bytes import dense_bytes, host_bytes, write_dense_bytes
+from sglang_mosaic.cache.host_page import HostPage
+from sglang_mosaic.cache.host_tier import HostTier
+from sglang_mosaic.cache.lifecycle import Copy, Restore
+from sglang_mosaic.codec.base import Epoch
+
+if TYPE_CHECKING:
+    from sglang_mosaic.cache.memory import PageMemory
+
+
+class HostTraffic:
+    """
+    Args:
+        memory: the pool.
+        tier: the host.
+    """
+
+    def __init__(self, memory: PageMemory, tier: HostTier) -> None:
+        self.tier = tier
+        self._memory = memory
+
+    # Decisions (schedule stream; host only).
+
+    def evicted(self, pages: Iterable[int], keys: Iterable[bytes]) -> None:
+        """Pages that were just freed left the prefix tree: keep them on the host, under these keys."""
+        for page, key in zip(pages, keys, strict=True):
+            self._memory.lifecycle.copy_out(page, key, self._memory.epochs.of)
+
+    def valid(self, pages: Sequence[HostPage]) -> int:
+        """How many of these pages, from the first on, hold what they should."""
+        return next((i for i, page in enumerate(pages) if not self._holds_page(page)), len(pages))
+
+    def missing_frames(self, pages: Sequence[HostPage]) -> int:
+        """Mosaic frames that these pages need and that are not free."""
+        return max(sum(bool(page.epoch) for page in pages) - self._memory.lifecycle.mosaic.free, 0)
+
+    def restore(self, pages: Sequence[int], contents: Sequence[HostPage], sequence_start: bool) -> None:
+        """Pages were handed out for what comes back from the host: valid pages, no frame missing.
+
+        Args:
+            sequence_start: the first of them starts a sequence.
+        """
+        lifecycle, epochs = self._memory.lifecycle, self._memory.epochs
+        mosaic = [(page, content) for page, content in zip(pages, contents, strict=True) if content.epoch]
+        for page, content in mosaic:
+            epochs.assign([lifecycle.restore_mosaic(page, content.data)], epochs.number(content.epoch))
+        # Dense pages last: making room for one takes mosaic frames.
+        for i, (page, content) in enumerate(zip(pages, contents, strict=True)):
+            if not content.epoch:
+                lifecycle.restore_dense(page, content.data, sink=sequence_start and i == 0)
+
+    # Their execution (stream of a forward).
+
+    def copy_out(self, copies: list[Copy]) -> None:
+        """Hand pages to the host, as many as it has room for."""
+        room = self.tier.room(self._memory.plan.frame_bytes.dense)
+        self.tier.counters.offered += len(copies)
+        self.tier.counters.dropped += max(len(copies) - room, 0)
+        for (epoch, exact), run in itertools.groupby(copies[:room], lambda copy: (copy.epoch, copy.exact)):
+            self._copy_alike(list(run), epoch, exact)
+
+    def bring_back(self, restores: list[Restore]) -> None:
+        """Write the bytes of pages into their frames."""
+        memory, first = self._memory, self._memory.table.first_mosaic
+        for (mosaic, _), run in itertools.groupby(restores, lambda r: (r.frame >= first, len(r.data))):
+            alike = list(run)
+            frames = torch.tensor([restore.frame for restore in alike], device=memory.table.frames.device)
+            rows = torch.empty(len(alike), len(alike[0].data), dtype=torch.uint8, pin_memory=frames.is_cuda)
+            for row, restore in zip(rows, alike, strict=True):
+                row.copy_(host_bytes(restore.data))
+            rows = rows.to(frames.device, non_blocking=True)
+            if mosaic:
+                memory.slab.frames[:, : rows.shape[1]].index_copy_(0, frames - first, rows)
+            else:
+                write_dense_bytes(memory.dense_k, memory.dense_v, frames, rows)
+
+    def _copy_alike(self, copies: list[Copy], epoch: Epoch | None, exact: bool) -> None:
+        """Copies of one kind: dense frames as they are, mosaic frames of an epoch, or dense frames to encode."""
+        memory = self._memory
+        frames = torch.tensor([copy.frame for copy in copies], device=memory.table.frames.device)
+        if exact:
+            rows, hash_ = dense_bytes(memory.dense_k, memory.dense_v, frames), ""
+        elif epoch is not None:
+            rows, hash_ = memory.slab.frames[:, : epoch.frame_bytes][frames - memory.table.first_mosaic], epoch.hash
+        elif (epoch := memory.epochs.current) is not None:
+            layers = range(len(memory.dense_k))
+            rows = torch.cat([epoch.encode(layer, *memory.dense_rows(layer, frames))[0] for layer in layers], 1)
+            hash_ = epoch.hash
+        else:
+            self.tier.counters.dropped += len(copies)
+            return
+        self.tier.keep([(copy.key, hash_) for copy in copies], rows)
+
+    def _holds_page(self, page: HostPage) -> bool:
+        """Whether the bytes have the right number and the formats that the epoch has."""
+        if not page.epoch:
+            return len(page.data) == self._memory.plan.frame_bytes.dense
+        epochs = self._memory.epochs
+        number = epochs.number(page.epoch)
+        if number is None or len(page.data) != epochs[number].frame_bytes:
+            return False
+        return epochs[number].admit(host_bytes(page.data)[None])

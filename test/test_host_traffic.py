@@ -1,0 +1,127 @@
+"""Pages leave the pool for a manager in process and come back into other frames, on whatever device there is."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import triton_device  # noqa: F401  (before anything that imports Triton)
+from sglang_mosaic.cache.host_page import HostPage
+from sglang_mosaic.cache.host_tier import HostTier
+from sglang_mosaic.cache.memory import PageMemory
+from sglang_mosaic.codec.planes import PlanesCodec
+from sglang_mosaic.config import MosaicConfig
+from sglang_mosaic.layout import FrameBytes, MemoryPlan
+from sglang_mosaic.manager.in_process import InProcessClient
+from sglang_mosaic.manager.keys import namespace, page_keys
+from sglang_mosaic.manager.options import ManagerOptions
+from sglang_mosaic.page import PAGE_SIZE
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+LAYERS, HEADS, DIM, PAGES = 2, 2, 64, 8
+DENSE_BYTES = LAYERS * PAGE_SIZE * HEADS * 2 * DIM * 2
+
+
+def pool() -> PageMemory:
+    """Eight pages in dense frames 1 to 8, the first a sink; all but it and the last two are encoded by the next
+    forward."""
+    torch.manual_seed(0)
+    codec = PlanesCodec(LAYERS, HEADS, DIM, DIM, device=DEVICE)
+    plan = MemoryPlan(PAGES, 12, 1, FrameBytes(DENSE_BYTES, codec.frame_bytes))
+    k, v = (
+        [torch.randn((PAGES + 1) * PAGE_SIZE, HEADS, DIM, device=DEVICE).bfloat16() for _ in range(LAYERS)]
+        for _ in range(2)
+    )
+    config = MosaicConfig(encode="seal", calibration_pages=1, refresh_pages=0, host_gb=1)
+    memory = PageMemory(plan, config, codec, k, v)
+    memory.set_recent_pages(lambda: {7, 8})
+    for layer in range(LAYERS):
+        codec.observe_queries(layer, torch.randn(64, 2 * HEADS, DIM, device=DEVICE))
+    options = ManagerOptions(slot_bytes=DENSE_BYTES, slots=8)
+    memory.connect(
+        HostTier(
+            InProcessClient(options), 1 << 26, 8, lambda hash_: memory.epochs.number(hash_) is not None, memory.adopt
+        )
+    )
+    return memory
+
+
+def contents(memory: PageMemory, pages: list[int]) -> list[list[torch.Tensor]]:
+    """What attention would read of each page."""
+    frames = memory.table.frames[pages]
+    found = []
+    for frame in frames.tolist():
+        one = torch.tensor([frame], device=DEVICE)
+        if frame < memory.table.first_mosaic:
+            found.append([x for layer in range(LAYERS) for x in memory.dense_rows(layer, one)])
+        else:
+            number = int(memory.epochs.numbers_of(one.cpu()))
+            found.append([memory.mosaic_data(layer, one, number) for layer in range(LAYERS)])
+    return found
+
+
+@pytest.mark.parametrize("encoded", [True, False], ids=["encoded before", "encoded on the way out"])
+def test_pages_come_back_as_they_were(encoded: bool) -> None:
+    memory = pool()
+    pages = list(range(1, PAGES + 1))
+    memory.allocate(pages, sinks=[1])
+    memory.begin_forward()
+    memory.forward_launched(torch.arange(PAGE_SIZE, (PAGES + 1) * PAGE_SIZE, device=DEVICE))
+    memory.begin_forward()
+    first = memory.table.first_mosaic
+    assert (memory.table.frames[pages] >= first).tolist() == [False, *[True] * 5, False, False]
+    before = contents(memory, pages)
+    wanted = pages[:6] if encoded else pages
+    dense = torch.tensor([memory.lifecycle.frame[page] for page in (7, 8)], device=DEVICE)
+    recent = [memory.epochs.current.encode(layer, *memory.dense_rows(layer, dense))[0] for layer in range(LAYERS)]
+    before[6:] = [[layer[i : i + 1] for layer in recent] for i in range(2)]
+
+    keys = page_keys(namespace("test"), range(len(wanted) * PAGE_SIZE))
+    memory.free(wanted)
+    memory.host.evicted(wanted, keys)
+    # Their frames are others' at once, and the forward writes to these.
+    memory.allocate([9, 10, 11], sinks=[])
+    memory.begin_forward()
+    for frame in (memory.lifecycle.frame[page] for page in (9, 10, 11)):
+        for x in (*memory.dense_k, *memory.dense_v):
+            x.view(-1, PAGE_SIZE, HEADS, DIM)[frame] = torch.nan
+    memory.slab.frames[[frame - first for frame in memory.lifecycle.mosaic.snapshot()]] = 255
+
+    tier = memory.host.tier
+    while tier.held(keys) < len(keys) or tier.stats()["outbox_pages"]:
+        tier.poll()
+    tier.restores.begin("request", keys, 60.0)
+    found: list[HostPage] = []
+    while not tier.restores.done("request"):
+        tier.poll()
+        found += tier.restores.take("request")
+    assert [bool(page.epoch) for page in found] == [False, *[True] * (len(wanted) - 1)]
+    assert memory.host.valid(found) == len(found) and memory.host.missing_frames(found) == 0
+
+    memory.free([9, 10, 11])
+    places = list(range(12, 12 + len(found)))
+    memory.restore(places, found, sequence_start=True)
+    memory.begin_forward()
+    for after, expected in zip(contents(memory, places), before, strict=False):
+        for x, y in zip(after, expected, strict=True):
+            assert torch.equal(x.view(torch.uint8), y.view(torch.uint8))
+    assert memory.lifecycle.sinks == {12}
+    tier.close()
+
+
+def test_damaged_pages_are_not_valid() -> None:
+    memory = pool()
+    memory.allocate([1, 2, 3], sinks=[])
+    memory.begin_forward()
+    memory.forward_launched(torch.arange(PAGE_SIZE, 4 * PAGE_SIZE, device=DEVICE))
+    memory.begin_forward()
+    epoch = memory.epochs.current
+    row = bytearray(
+        memory.slab.frames[memory.lifecycle.frame[1] - memory.table.first_mosaic, : epoch.frame_bytes].cpu()
+    )
+    good = HostPage(epoch.hash, bytes(row))
+    row[epoch.span(1).start] = 200  # a format that there is not
+    for bad in (HostPage(epoch.hash, bytes(row)), HostPage(epoch.hash, good.data[:-1]), HostPage("", good.data)):
+        assert memory.host.valid([good, bad, good]) == 1
+    assert memory.host.valid([HostPage("another", good.data)]) == 0
+    memory.host.tier.close()
