@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mosaic_kernels.segment import WIDTHS
-from mosaic_kernels.segment_encode.choice import K_SHARES, V_SHARES
+from mosaic_kernels.segment_choice.reference import K_SHARES, V_SHARES
 from sglang_mosaic.codec.allocation import Allocator, Step, best_formats
 from sglang_mosaic.codec.calibration import share_out
 

@@ -10,9 +10,12 @@ from mosaic_kernels.segment import SegmentFormat
 from mosaic_kernels.segment_encode.launch import encode_pages
 from mosaic_kernels.segment_encode.reference import rotate_pages
 from mosaic_kernels.segment_table import HeadFormats, make_table
+from mosaic_kernels.topk.segment import TopKFormat
 from segment_cases import FORMATS, packed, sample
-from sglang_mosaic.codec import kernel_encoding
-from sglang_mosaic.codec.encoding import Segments, by_format, encode_segments
+from sglang_mosaic.codec.encoding import Segments, encode_segments
+from sglang_mosaic.codec.kernel_encoding import KernelEncoder
+from sglang_mosaic.codec.plan import HeadPlan, LayerPlan
+from sglang_mosaic.codec.selection import SelectionProfile
 from test_codec_planes import DIM, HEADS, calibrated, pages
 from triton_device import DEVICE
 
@@ -106,13 +109,51 @@ def test_the_codecs_bytes_and_errors_are_the_same_by_kernel() -> None:
     assert codec.frame_bytes >= epoch.frame_bytes
     k, v = (x.to(DEVICE) for x in (pages(4, HEADS, 5), pages(4, HEADS, 6)))
     k[2, :, 1] += 40 * torch.eye(64, DIM, device=DEVICE)  # a page that another format suits
-    layer, plan = 1, epoch.layers[1]
-    data, _ = epoch.encode(layer, k, v)
-    numbers = torch.stack([data[:, span.start] for span in epoch._segments[layer]], 1).long()
-    segments = Segments(plan, epoch._segments[layer], epoch._v_weights[layer])
-    rotated = rotate_pages(k, plan.basis.k_basis), rotate_pages(v, plan.basis.v_basis)
-    chosen = list(by_format(numbers, plan))
-    found = kernel_encoding.encode_segments(segments, *rotated, numbers, chosen)
-    wanted = encode_segments(segments, *rotated, chosen)
-    assert torch.equal(found[0], data) and torch.equal(found[0], wanted[0])
-    torch.testing.assert_close(found[1], wanted[1], rtol=2**-7, atol=0)
+    layer, basis = 1, epoch.layers[1].basis
+    segments = Segments(epoch.layers[layer], epoch._segments[layer], epoch._v_weights[layer])
+    rotated = rotate_pages(k, basis.k_basis), rotate_pages(v, basis.v_basis)
+    found = KernelEncoder(segments, k.device).encode(*rotated)
+    wanted = encode_segments(segments, *rotated)
+    assert torch.equal(found.data, wanted.data) and torch.equal(found.errors, wanted.errors)
+    data, errors = epoch.encode(layer, k, v)
+    assert torch.equal(data, wanted.data) and torch.equal(errors, wanted.errors)
+
+
+@pytest.mark.parametrize("kind", [None, "topk", "exceptions"])
+def test_segments_of_rare_kinds_are_encoded_and_noted(kind: str | None) -> None:
+    formats = {
+        None: SegmentFormat(k_dim=64, v_dim=64, k_bits=(4, 4, 3, 3), v_bits=(4, 4, 4, 4)),
+        "topk": TopKFormat(k_dim=64, v_dim=64, k_keep=8, v_keep=8),
+        "exceptions": SegmentFormat(k_dim=64, v_dim=64, k_bits=(4, 3, 3, 2), v_bits=(4, 4, 3, 3), exceptions=2),
+    }
+    nbytes = max(fmt.segment_bytes for fmt in formats.values())
+    selection = SelectionProfile(64, None)
+    heads = tuple(HeadPlan(nbytes, tuple(formats.values()), 1e-4, 2e-4, selection) for _ in range(2))
+    segments = Segments(
+        LayerPlan(None, heads), [slice(0, nbytes), slice(nbytes, 2 * nbytes)], [(2e-4,) * 64, (3e-4,) * 64]
+    )
+    k, v = (torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(seed)).to(DEVICE) for seed in (0, 1))
+    if kind == "topk":
+        few = (torch.arange(64, device=DEVICE) % 9 == 0).float()
+        k[1, 1], v[1, 1] = k[1, 1] * few, v[1, 1] * few
+    elif kind == "exceptions":
+        k[0, 2, 5], k[0, 2, 40] = 300.0, -200.0
+    encoder = KernelEncoder(segments, torch.device(DEVICE))
+    found, wanted = encoder.encode(k, v), encode_segments(segments, k, v)
+    assert found.rare == wanted.rare == ({kind} - {None})
+    assert torch.equal(found.data, wanted.data) and torch.equal(found.errors, wanted.errors)
+
+
+def test_arguments_that_do_not_fit_are_refused() -> None:
+    table = make_table([[HeadFormats(0, (FORMATS["d64-4"],))]], DEVICE)
+    x, number = torch.zeros(1, 2, 64, 64, device=DEVICE), torch.zeros(1, 2, dtype=torch.int32, device=DEVICE)
+    data = torch.zeros(2, FORMATS["d64-4"].segment_bytes, dtype=torch.uint8, device=DEVICE)
+    for arguments, message in (
+        ((x.double(), x, number, data), "k_rot must be contiguous float32"),
+        ((x, x[..., :32], number, data), "v_rot must be contiguous float32"),
+        ((x, x, number.long(), data), "numbers must be contiguous int32"),
+        ((x, x, number, data[:1]), "a row for each of 2 pages"),
+        ((x, x, number, data[:, 1:]), "multiples of 16 bytes"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            encode_pages(*arguments, table)

@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mosaic_kernels.segment import BASE_BITS, HEADER, V_STEPS, WIDTHS, SegmentFormat
+from mosaic_kernels.segment_choice.reference import K_SHARES, V_SHARES
 from mosaic_kernels.segment_decode.reference import decode, decode_keys, decode_mean_values
-from mosaic_kernels.segment_encode.choice import K_SHARES, V_SHARES
 from mosaic_kernels.segment_encode.reference import encode, pack
 from segment_cases import (
     CODED,

@@ -33,7 +33,8 @@ from benchmark.common.errors import BenchmarkError
 from benchmark.common.report import environment, write_json
 from benchmark.common.stats import format_table
 from mosaic_kernels.segment import WIDTHS
-from mosaic_kernels.segment_encode import choice, quantise
+from mosaic_kernels.segment_choice import reference as choice
+from mosaic_kernels.segment_encode import quantise
 from sglang_mosaic.codec import allocation, basis, calibration
 
 

@@ -36,12 +36,18 @@ from mosaic_kernels.combine import launch as combine
 from mosaic_kernels.combine.kernel import combine_kernel
 from mosaic_kernels.far_field import launch as far_field
 from mosaic_kernels.far_field.kernel import far_field_kernel
+from mosaic_kernels.query_squares import launch as query_squares
+from mosaic_kernels.query_squares.kernel import add_squares_kernel
 from mosaic_kernels.scan import launch as scan
 from mosaic_kernels.scan.kernel import scan_kernel
+from mosaic_kernels.segment_choice import launch as segment_choice
+from mosaic_kernels.segment_choice.kernel import choose_kernel
 from mosaic_kernels.segment_decode import launch as segment_decode
 from mosaic_kernels.segment_decode.kernel import decode_kernel
 from mosaic_kernels.segment_encode import launch as segment_encode
 from mosaic_kernels.segment_encode.kernel import encode_kernel
+from mosaic_kernels.segment_error import launch as segment_error
+from mosaic_kernels.segment_error.kernel import error_kernel
 from mosaic_kernels.segment_table import MOST_GROUP, padded
 from mosaic_kernels.select import launch as select
 from mosaic_kernels.select.kernel import collect_kernel, count_kernel, threshold_kernel
@@ -49,11 +55,12 @@ from mosaic_kernels.select.kernel import collect_kernel, count_kernel, threshold
 TYPES = {
     "data": "*u8", "frame_bytes": "i64", "scale": "fp32", "top_p": "fp32", "keys": "*i16",
     "pages": "i32", "room": "i32", "items": "i32", "epoch": "i32",
+    "rows": "i32", "token_stride": "i64", "head_stride": "i64", "channel_stride": "i64",
     "k_out": "*bf16", "v_out": "*bf16", "dense_out": "*bf16", "result": "*bf16",
 } | dict.fromkeys(
     ("q", "known_lse", "page_lse", "far", "far_bias", "unrotate", "dense_lse",
-     "k_rot", "v_rot", "out", "lse", "out_a", "lse_a", "out_b", "lse_b"), "*fp32",
-)  # fmt: skip
+     "k_rot", "v_rot", "v_roots", "errors", "out", "lse", "out_a", "lse_a", "out_b", "lse_b"), "*fp32",
+) | dict.fromkeys(("sums", "shares", "k_weights", "v_weights"), "*fp64")  # fmt: skip
 """Of kernel arguments; the others are pointers to int32."""
 _BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
@@ -67,11 +74,24 @@ class Kernel(NamedTuple):
     tiles: tuple[tuple[str, int], ...] = ()
     warps: str = "WARPS"
     """Name of the module's number of warps."""
+    exact: bool = False
+    """Products and sums are not fused."""
+    types: dict[str, str] = {}
+    """Of arguments, instead of TYPES."""
 
 
 WIDE = "ROWS", MOST_GROUP
 KERNELS = {
-    "encode": Kernel(encode_kernel, segment_encode),
+    "query_squares": Kernel(
+        add_squares_kernel,
+        query_squares,
+        (("ROWS", query_squares.ROWS), ("CHANNELS", query_squares.CHANNELS)),
+        types={"q": "*bf16"},
+    ),
+    # Costs are computed of rare formats, too, as long as a head has any.
+    "choose": Kernel(choose_kernel, segment_choice, (("ANY_TOPK", True), ("ANY_EXCEPTIONS", True)), exact=True),
+    "encode": Kernel(encode_kernel, segment_encode, exact=True),
+    "error": Kernel(error_kernel, segment_error, (("TILE", segment_error.TILE),), exact=True),
     "decode": Kernel(decode_kernel, segment_decode, (("TILE", segment_decode.TILE),)),
     "attend_pages": Kernel(attend_pages_kernel, attend_pages, (("TILE", attend_pages.TILE),)),
     "scan": Kernel(scan_kernel, scan),
@@ -98,20 +118,21 @@ def compile_kernel(kernel: Kernel, head_dim: int, group: int, arch: int) -> dict
     """Figures of one kernel; sizes in bytes."""
     names = kernel.function.arg_names
     constants = {
-        "HEADS": 8, "GROUP": group, "ROWS": attend_pages.query_rows(group), "FORMATS": 3, "T": 64,
+        "HEADS": 8, "GROUP": group, "ROWS": attend_pages.query_rows(group), "FORMATS": 3, "PADDED": 4, "T": 64,
         "R": padded(group), "DK": head_dim, "K_DIM": head_dim, "DV": head_dim, "V_DIM": head_dim,
-        "DS": min(head_dim, 64),
+        "DS": min(head_dim, 64), "D": head_dim,
         "ANY_TOPK": False, "ANY_EXCEPTIONS": False, "TWO": True, "TOP_P": True, **dict(kernel.tiles),
     }  # fmt: skip
     constants = {name: value for name, value in constants.items() if name in names}
-    signature = {name: "constexpr" if name in constants else TYPES.get(name, "*i32") for name in names}
+    types = TYPES | kernel.types
+    signature = {name: "constexpr" if name in constants else types.get(name, "*i32") for name in names}
     aligned = {
         (i,): [["tt.divisibility", 16]]
         for i, name in enumerate(names)
         if signature[name].startswith("*") or name == "frame_bytes"
     }
     warps = getattr(kernel.launch, kernel.warps)
-    options = {"num_warps": warps, "enable_fp_fusion": kernel.launch is not segment_encode}
+    options = {"num_warps": warps, "enable_fp_fusion": not kernel.exact}
     if hasattr(kernel.launch, "STAGES"):
         options["num_stages"] = kernel.launch.STAGES
     source = ASTSource(fn=kernel.function, signature=signature, constexprs=constants, attrs=aligned)

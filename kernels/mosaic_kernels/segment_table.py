@@ -148,19 +148,53 @@ def check_frames(data: torch.Tensor, frames: torch.Tensor, table: SegmentTable, 
     Raises:
         ValueError: `data` is not rows of aligned bytes, `frames` no list of rows, or `epoch` not in the table.
     """
-    if data.dim() != 2 or data.dtype != torch.uint8 or data.stride(1) != 1:
-        raise ValueError(f"data must be uint8 [frames, bytes], bytes next to each other, got {data.dtype} {data.shape}")
-    if data.stride(0) % ALIGNMENT or data.data_ptr() % ALIGNMENT:
-        raise ValueError(f"frames must begin at multiples of {ALIGNMENT} bytes, got a stride of {data.stride(0)}")
+    _check_data(data, table, epoch)
     if frames.dim() != 1 or frames.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"frames must be int32 or int64 [pages], got {frames.dtype} {tuple(frames.shape)}")
-    if epoch is not None and not 0 <= epoch < len(table.starts):
-        raise ValueError(f"epoch must be 0 to {len(table.starts) - 1}, got {epoch}")
+
+
+def check_rotated(k_rot: torch.Tensor, v_rot: torch.Tensor, table: SegmentTable) -> None:
+    """
+    Raises:
+        ValueError: not contiguous float32 [H, P, page_size, k_dim] and [H, P, page_size, v_dim] of the table's sizes.
+    """
+    first = (table.heads, *k_rot.shape[1:2], table.page_size)
+    for name, x, dim in (("k_rot", k_rot, table.k_dim), ("v_rot", v_rot, table.v_dim)):
+        if x.shape != (*first, dim) or x.dtype != torch.float32 or not x.is_contiguous():
+            raise ValueError(
+                f"{name} must be contiguous float32 [{table.heads}, pages, {table.page_size}, {dim}], got {x.dtype} "
+                f"{tuple(x.shape)} with strides {x.stride()}"
+            )
+
+
+def check_encoded(
+    numbers: torch.Tensor, data: torch.Tensor, pages: int, table: SegmentTable, epoch: int | None = None
+) -> None:
+    """
+    Raises:
+        ValueError: `numbers` is not contiguous int32 [H, pages], `data` not a row of aligned bytes for every page, or
+            `epoch` not in the table.
+    """
+    shape = table.heads, pages
+    if numbers.shape != shape or numbers.dtype != torch.int32 or not numbers.is_contiguous():
+        raise ValueError(f"numbers must be contiguous int32 {shape}, got {numbers.dtype} {tuple(numbers.shape)}")
+    _check_data(data, table, epoch)
+    if len(data) != pages:
+        raise ValueError(f"data must have a row for each of {pages} pages, got {len(data)}")
 
 
 def padded(dim: int) -> int:
     """The power of two that holds so many channels."""
     return 1 << (dim - 1).bit_length()
+
+
+def _check_data(data: torch.Tensor, table: SegmentTable, epoch: int | None) -> None:
+    if data.dim() != 2 or data.dtype != torch.uint8 or data.stride(1) != 1:
+        raise ValueError(f"data must be uint8 [frames, bytes], bytes next to each other, got {data.dtype} {data.shape}")
+    if data.stride(0) % ALIGNMENT or data.data_ptr() % ALIGNMENT:
+        raise ValueError(f"frames must begin at multiples of {ALIGNMENT} bytes, got a stride of {data.stride(0)}")
+    if epoch is not None and not 0 <= epoch < len(table.starts):
+        raise ValueError(f"epoch must be 0 to {len(table.starts) - 1}, got {epoch}")
 
 
 def _planes_scalars(fmt: SegmentFormat) -> torch.Tensor:

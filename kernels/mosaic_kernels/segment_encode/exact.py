@@ -1,4 +1,4 @@
-"""Rotation whose result does not depend on the order of summation.
+"""Rotations, means and sums of squares that do not depend on the order of summation.
 
 Floating-point sums round differently in every BLAS, batch shape and device, and one last bit is enough to flip a code.
 Page bytes must not depend on any of that (they are content-addressed and compared between CPU and GPU), so the products
@@ -12,6 +12,7 @@ import torch
 # 20 bits of input + 23 bits of basis + log2(channels) <= 53, the integers that float64 holds, up to 1024 channels.
 INPUT_BITS = 20
 BASIS_BITS = 23
+SQUARE_BITS = 15  # of what is squared and summed: leaves room for 2^33 of them in an int64
 MAX_CHANNELS = 1024
 SMALLEST_EXPONENT = -100  # keeps the scaling factor 2^(bits - exponent) within float32
 
@@ -51,6 +52,14 @@ def exact_mean(x: torch.Tensor, without: torch.Tensor | None = None) -> torch.Te
         x = x.scatter(1, without[..., None].expand(-1, -1, x.shape[2]), 0)
     integers, unit = _to_integers(x, magnitude(x), INPUT_BITS)
     return (integers.sum(1, keepdim=True) * unit / (x.shape[1] - left_out)).float().squeeze(1)
+
+
+def sum_of_squares(x: torch.Tensor) -> torch.Tensor:
+    """Over the last dimension, of float32 [N, M, C] from 0 on: [N, M] float64, exact up to 2^-15 of each matrix's
+    largest value. NaN if one is not finite."""
+    largest = x.amax((1, 2), keepdim=True).double().clamp_min(1e-300)
+    integers = (x.double() / largest * 2**SQUARE_BITS).round().nan_to_num(0, 0, 0).long()
+    return integers.square().sum(-1).double() * (largest.squeeze(-1) / 2**SQUARE_BITS).square()
 
 
 def _to_integers(x: torch.Tensor, largest: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 
 from mosaic_kernels.segment import GROUP, WIDTHS, SegmentFormat
-from mosaic_kernels.segment_encode.choice import K_SHARES, V_SHARES
+from mosaic_kernels.segment_choice.reference import K_SHARES, V_SHARES
 
 
 class Step(NamedTuple):

@@ -8,8 +8,8 @@ from typing import NamedTuple
 import torch
 
 from mosaic_kernels.segment import ALIGNMENT, SegmentFormat
+from mosaic_kernels.segment_choice.reference import costs, energies
 from mosaic_kernels.segment_decode.reference import decode_keys
-from mosaic_kernels.segment_encode.choice import costs, energies
 from mosaic_kernels.segment_encode.reference import pack
 from mosaic_kernels.topk.segment import TopKFormat
 from sglang_mosaic.codec.allocation import Allocator, Step, best_formats

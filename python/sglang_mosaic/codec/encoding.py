@@ -1,8 +1,4 @@
-"""Rotated pages of one layer -> bytes and the error made, each segment in the format chosen for it (torch reference).
-
-Header of a segment: byte 0, number of its format; bytes 4 to 7, float32, the relative error of the attention output to
-be expected if all pages had this segment's error.
-"""
+"""Rotated pages of one layer -> bytes and the errors made, every segment in the format of its choice (torch)."""
 
 from __future__ import annotations
 
@@ -11,13 +7,15 @@ from typing import NamedTuple
 
 import torch
 
-from mosaic_kernels.constants import constant
+from mosaic_kernels.segment_choice.reference import HeadChoice, choose
+from mosaic_kernels.segment_error.reference import put_header, relative_error
+from mosaic_kernels.topk.segment import TopKFormat
 from sglang_mosaic.codec import strategies
-from sglang_mosaic.codec.plan import HeadPlan, LayerPlan
+from sglang_mosaic.codec.plan import Format, LayerPlan
 from sglang_mosaic.errors import MosaicError
 
-FORMAT, ERROR = 0, 4
-"""First bytes of the parts of a header."""
+Chosen = tuple[int, int, torch.Tensor]
+"""Head, number of a format, and the pages that have it."""
 
 
 class Segments(NamedTuple):
@@ -29,53 +27,55 @@ class Segments(NamedTuple):
     v_weights: Sequence[tuple[float, ...]]
     """Of each head and channel of V."""
 
+    @property
+    def choices(self) -> list[HeadChoice]:
+        """Of each head, what its segments choose from."""
+        heads = zip(self.plan.heads, self.v_weights, strict=True)
+        return [HeadChoice(head.formats, head.k_weight, v_weights) for head, v_weights in heads]
 
-def encode_segments(
-    segments: Segments,
-    k_rot: torch.Tensor,
-    v_rot: torch.Tensor,
-    chosen: Sequence[tuple[int, int, torch.Tensor]],
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """
+
+class Encoded(NamedTuple):
+    """Pages of one layer."""
+
+    data: torch.Tensor
+    """uint8 [P, bytes of the layer]."""
+    errors: torch.Tensor
+    """float32 [P, H]."""
+    rare: frozenset[str]
+    """`rare_kind` of what their segments have."""
+
+
+def encode_segments(segments: Segments, k_rot: torch.Tensor, v_rot: torch.Tensor) -> Encoded:
+    """Choose formats, quantise and pack, find the errors made.
+
     Args:
         k_rot: float32 [H, P, T, Dk]; v_rot: float32 [H, P, T, Dv].
-        chosen: of `by_format`.
-
-    Returns:
-        uint8 [P, bytes of the layer] and float32 [P, H] errors.
     """
-    heads, pages = k_rot.shape[:2]
-    data = torch.zeros(pages, segments.plan.nbytes, dtype=torch.uint8, device=k_rot.device)
-    errors = torch.zeros(heads, pages, device=k_rot.device)
-    for h, i, rows in chosen:
-        head, (k, v) = segments.plan.heads[h], (k_rot[h][rows], v_rot[h][rows])
+    plan, pages = segments.plan, k_rot.shape[1]
+    data = torch.zeros(pages, plan.nbytes, dtype=torch.uint8, device=k_rot.device)
+    errors = torch.zeros(len(plan.heads), pages, device=k_rot.device)
+    rare = set()
+    for h, i, rows in by_format(choose(k_rot, v_rot, segments.choices).T, plan):
+        head, (k, v) = plan.heads[h], (k_rot[h][rows], v_rot[h][rows])
         found = torch.zeros(len(rows), head.segment_bytes, dtype=torch.uint8, device=k.device)
         strategies.pack(head.formats[i], k, v, found)
         k_coded, v_coded = strategies.decode(head.formats[i], found)
-        error = relative_error(head, segments.v_weights[h], k - k_coded, v - v_coded)
+        error = relative_error(k - k_coded, v - v_coded, head.k_weight, segments.v_weights[h])
         put_header(found, i, error)
         data[rows, segments.spans[h]], errors[h, rows] = found, error
-    return data, errors.T
+        rare.add(rare_kind(head.formats[i]))
+    return Encoded(data, errors.T, frozenset(rare - {None}))
 
 
-def relative_error(
-    head: HeadPlan, v_weights: tuple[float, ...], k_error: torch.Tensor, v_error: torch.Tensor
-) -> torch.Tensor:
-    """Errors of stored values [P, T, D] of one head -> float32 [P] of the attention output."""
-    v_squares = v_error.double().square() * constant(v_weights, torch.float64, v_error.device)
-    squared = k_error.double().square().sum((1, 2)) * head.k_weight + v_squares.sum((1, 2))
-    # Rounded, so that the order of summation does not show in the bytes.
-    return squared.sqrt().bfloat16().float()
+def rare_kind(fmt: Format) -> str | None:
+    """ "topk" or "exceptions"; None: an ordinary format, which every kernel knows."""
+    if isinstance(fmt, TopKFormat):
+        return "topk"
+    return "exceptions" if fmt.exceptions else None
 
 
-def put_header(data: torch.Tensor, number: int | torch.Tensor, error: torch.Tensor) -> None:
-    """Write the headers of segments [P, bytes]."""
-    data[:, FORMAT] = number
-    data[:, ERROR : ERROR + 4] = error[:, None].contiguous().view(torch.uint8)
-
-
-def by_format(choices: torch.Tensor, plan: LayerPlan) -> Iterator[tuple[int, int, torch.Tensor]]:
-    """Head, number of a format, and the pages that have it, for every combination that occurs.
+def by_format(choices: torch.Tensor, plan: LayerPlan) -> Iterator[Chosen]:
+    """Every combination of a head and a format that occurs.
 
     Waits for the device once, whatever the number of heads and formats.
 

@@ -1,50 +1,58 @@
-"""Encoding of rotated pages by the kernel: the same bytes as encoding.py."""
+"""Encoding of rotated pages by kernels: the same bytes as encoding.py."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 
-from mosaic_kernels.segment import SegmentFormat
-from mosaic_kernels.segment_decode.launch import decode_frames
+from mosaic_kernels.segment_choice.launch import choose
+from mosaic_kernels.segment_choice.table import make_choice_table
 from mosaic_kernels.segment_encode.launch import encode_pages
+from mosaic_kernels.segment_error.launch import write_errors
 from mosaic_kernels.segment_table import HeadFormats, make_table
 from sglang_mosaic.codec import strategies
-from sglang_mosaic.codec.encoding import Segments, put_header, relative_error
+from sglang_mosaic.codec.encoding import Chosen, Encoded, Segments, by_format, rare_kind
 
 
-def encode_segments(
-    segments: Segments,
-    k_rot: torch.Tensor,
-    v_rot: torch.Tensor,
-    numbers: torch.Tensor,
-    chosen: Sequence[tuple[int, int, torch.Tensor]],
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """As `encoding.encode_segments`.
+class KernelEncoder:
+    """Encodes pages of one layer with one plan.
 
     Args:
-        numbers: integer [P, H], formats of the segments.
+        segments: where they lie.
+        device: of the pages.
     """
-    heads, pages = k_rot.shape[:2]
-    data = torch.zeros(pages, segments.plan.nbytes, dtype=torch.uint8, device=k_rot.device)
-    formats = [
-        HeadFormats(span.start, head.formats) for head, span in zip(segments.plan.heads, segments.spans, strict=True)
-    ]
-    table = make_table([formats], data.device)
-    encode_pages(k_rot, v_rot, numbers.T.int().contiguous(), data, table)
-    for h, i, rows in chosen:
-        head = segments.plan.heads[h]
-        # Strategies that are rare have no kernel.
-        if not isinstance(head.formats[i], SegmentFormat) or head.formats[i].exceptions:
-            found = torch.zeros(len(rows), head.segment_bytes, dtype=torch.uint8, device=data.device)
-            strategies.pack(head.formats[i], k_rot[h][rows], v_rot[h][rows], found)
-            data[rows, segments.spans[h]] = found
-    for h, span in enumerate(segments.spans):
-        data[:, span.start] = numbers[:, h].byte()
-    k_coded, v_coded = decode_frames(data, torch.arange(pages, device=data.device), table)
-    errors = torch.empty(heads, pages, device=data.device)
-    for h, (head, span) in enumerate(zip(segments.plan.heads, segments.spans, strict=True)):
-        errors[h] = relative_error(head, segments.v_weights[h], k_rot[h] - k_coded[h], v_rot[h] - v_coded[h])
-        put_header(data[:, span], numbers[:, h].byte(), errors[h])
-    return data, errors.T
+
+    def __init__(self, segments: Segments, device: torch.device) -> None:
+        self._segments = segments
+        heads = segments.plan.heads
+        spans = zip(segments.spans, heads, strict=True)
+        self._table = make_table([[HeadFormats(span.start, head.formats) for span, head in spans]], device)
+        self._ordinary = self._table._replace(any_topk=False, any_exceptions=False)
+        """For kernels that meet no segment of a rare kind, and are faster then."""
+        self._costs = make_choice_table(segments.choices, device)
+        rare = torch.zeros(len(heads), self._table.formats, dtype=torch.bool)
+        for of_head, head in zip(rare, heads, strict=True):
+            of_head[: len(head.formats)] = torch.tensor([rare_kind(fmt) is not None for fmt in head.formats])
+        self._rare = rare.to(device) if rare.any() else None
+        """bool [H, formats]; None: all are ordinary."""
+
+    def encode(self, k_rot: torch.Tensor, v_rot: torch.Tensor) -> Encoded:
+        """As `encoding.encode_segments`. Waits for the device only if a head has formats of a rare kind."""
+        data = torch.zeros(k_rot.shape[1], self._segments.plan.nbytes, dtype=torch.uint8, device=k_rot.device)
+        numbers = choose(k_rot, v_rot, self._costs, self._table)
+        encode_pages(k_rot, v_rot, numbers, data, self._table)
+        rare = self._rare_segments(numbers)
+        heads = self._segments.plan.heads
+        # They have no kernel that encodes them.
+        for h, i, rows in rare:
+            found = torch.zeros(len(rows), heads[h].segment_bytes, dtype=torch.uint8, device=data.device)
+            strategies.pack(heads[h].formats[i], k_rot[h][rows], v_rot[h][rows], found)
+            data[rows, self._segments.spans[h]] = found
+        table = self._table if rare else self._ordinary
+        errors = write_errors(k_rot, v_rot, numbers, data, self._costs, table)
+        return Encoded(data, errors, frozenset(rare_kind(heads[h].formats[i]) for h, i, _ in rare))
+
+    def _rare_segments(self, numbers: torch.Tensor) -> list[Chosen]:
+        if self._rare is None or not self._rare.gather(1, numbers.long()).any():
+            return []
+        plan = self._segments.plan
+        return [found for found in by_format(numbers.T, plan) if rare_kind(plan.heads[found[0]].formats[found[1]])]

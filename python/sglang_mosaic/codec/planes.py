@@ -9,20 +9,25 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
 
 import torch
 
 from mosaic_kernels.constants import constant
-from mosaic_kernels.segment import ALIGNMENT, GROUP, SegmentFormat
+from mosaic_kernels.segment import ALIGNMENT, GROUP
 from mosaic_kernels.segment_encode.reference import rotate_pages
+from mosaic_kernels.segment_error.reference import FORMAT
 from mosaic_kernels.segment_table import HeadFormats, kernels_can
 from sglang_mosaic.codec import strategies
 from sglang_mosaic.codec.base import Codec, Epoch, LayerSample, check_pages
 from sglang_mosaic.codec.basis import value_weights
 from sglang_mosaic.codec.calibration import CalibrationInput, LayerStatistics, make_plan
-from sglang_mosaic.codec.encoding import FORMAT, Segments, by_format, encode_segments
+from sglang_mosaic.codec.encoding import Segments, by_format, encode_segments, rare_kind
 from sglang_mosaic.codec.plan import Format, LayerPlan, plan_hash
 from sglang_mosaic.codec.statistics import QueryStatistics, by_kv_head
+
+if TYPE_CHECKING:
+    from sglang_mosaic.codec.kernel_encoding import KernelEncoder
 
 
 class PlanesEpoch(Epoch):
@@ -50,9 +55,11 @@ class PlanesEpoch(Epoch):
         self._headers = [start + FORMAT for start, _ in segments]
         """In a frame, of every layer and head."""
         self._format_counts = torch.tensor([len(formats) for _, formats in segments])
-        self._has_rare = any(_rare(fmt) for _, formats in segments for fmt in formats)
+        self._has_rare = any(rare_kind(fmt) for _, formats in segments for fmt in formats)
         self.rare: frozenset[str] = frozenset()
-        """"topk", "exceptions": what segments encoded so far have. Kernels are compiled without what no segment has."""
+        """`rare_kind` of what segments encoded so far have. Kernels are compiled without what no segment has."""
+        self._encoders: dict[int, KernelEncoder] = {}
+        """Of layers whose pages kernels encode."""
 
     @property
     def hash(self) -> str:
@@ -75,21 +82,18 @@ class PlanesEpoch(Epoch):
         basis, heads = plan.basis, len(plan.heads)
         check_pages(k, v, self.page_size, heads, basis.k_basis.shape[1], basis.v_basis.shape[1])
         k_rot, v_rot = rotate_pages(k, basis.k_basis), rotate_pages(v, basis.v_basis)
-        choices = [
-            strategies.costs(head.formats, k_rot[h], v_rot[h], head.k_weight, self._v_weights[layer][h]).argmin(1)
-            for h, head in enumerate(plan.heads)
-        ]
-        numbers = torch.stack(choices, 1)
-        chosen = list(by_format(numbers, plan))
-        for h, i, _ in chosen:
-            self._note_rare(plan.heads[h].formats[i])
         segments = Segments(plan, self._segments[layer], self._v_weights[layer])
         if k.is_cuda and kernels_can(k.shape[-1], v.shape[-1]):
-            # Imported here: Triton needs a GPU's driver.
-            from sglang_mosaic.codec.kernel_encoding import encode_segments as encode_by_kernel
+            if layer not in self._encoders:
+                # Imported here: Triton needs a GPU's driver.
+                from sglang_mosaic.codec.kernel_encoding import KernelEncoder
 
-            return encode_by_kernel(segments, k_rot, v_rot, numbers, chosen)
-        return encode_segments(segments, k_rot, v_rot, chosen)
+                self._encoders[layer] = KernelEncoder(segments, k.device)
+            encoded = self._encoders[layer].encode(k_rot, v_rot)
+        else:
+            encoded = encode_segments(segments, k_rot, v_rot)
+        self.rare |= encoded.rare
+        return encoded.data, encoded.errors
 
     def decode(self, layer: int, data: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         plan = self.layers[layer]
@@ -134,12 +138,9 @@ class PlanesEpoch(Epoch):
         if self._has_rare:
             for segment, found in enumerate(numbers.T.tolist()):
                 layer, h = divmod(segment, len(self.layers[0].heads))
-                for number in set(found):
-                    self._note_rare(self.layers[layer].heads[h].formats[number])
+                formats = self.layers[layer].heads[h].formats
+                self.rare |= {rare_kind(formats[number]) for number in set(found)} - {None}
         return True
-
-    def _note_rare(self, fmt: Format) -> None:
-        self.rare |= _rare(fmt)
 
     def _stored(self, layer: int, data: torch.Tensor) -> Iterator[tuple[int, Format, torch.Tensor, torch.Tensor]]:
         """Head, format, pages and bytes of the segments of each head and format.
@@ -282,13 +283,6 @@ def calibrate(given: CalibrationInput) -> PlanesEpoch:
         ValueError: a value is not finite.
     """
     return PlanesEpoch(make_plan(given.layers, given.frame_bytes, given.scale), given.page_size)
-
-
-def _rare(fmt: Format) -> frozenset[str]:
-    """What a format has that kernels are not usually compiled for."""
-    if not isinstance(fmt, SegmentFormat):
-        return frozenset({"topk"})
-    return frozenset({"exceptions"}) if fmt.exceptions else frozenset()
 
 
 def _spans(sizes: Iterable[int]) -> list[slice]:

@@ -6,6 +6,8 @@ import random
 
 import torch
 
+from mosaic_kernels.segment_table import kernels_can
+
 SAMPLE_TOKENS = 128
 """Queries kept per layer, to measure on."""
 TOKENS_A_CALL = 32
@@ -29,6 +31,7 @@ class QueryStatistics:
         self._device = torch.device(device)
         self._left = [token_budget] * layers
         self._seen = [0] * layers
+        """Queries whose squares were summed: of every token those of the GQA group."""
         self._sums: list[torch.Tensor | None] = [None] * layers
         self._sample: list[torch.Tensor | None] = [None] * layers
         self._sampled = [0] * layers
@@ -38,14 +41,19 @@ class QueryStatistics:
     def observe(self, layer: int, q: torch.Tensor) -> None:
         """Add queries [T, Hq, Dk] of any float dtype, Hq a multiple of Hkv, as far as the budget goes."""
         q = q[: self._left[layer]]
-        tokens, q_heads, _ = q.shape
+        tokens, q_heads, dim = q.shape
         if not tokens:
             return
-        squares = by_kv_head(q, self._shape[0]).double().square().sum(1) / (q_heads // self._shape[0])
         if self._sums[layer] is None:
             self._sums[layer] = torch.zeros(self._shape, dtype=torch.float64, device=self._device)
-        self._sums[layer] += squares
-        self._seen[layer] += tokens
+        group = q_heads // self._shape[0]
+        if q.is_cuda and kernels_can(dim, dim, group):
+            # Imported here: Triton needs a GPU's driver.
+            from mosaic_kernels.query_squares.launch import add_squares
+        else:
+            from mosaic_kernels.query_squares.reference import add_squares
+        add_squares(q, self._sums[layer])
+        self._seen[layer] += tokens * group
         self._left[layer] -= tokens
         stride = -(-tokens // TOKENS_A_CALL)
         self._keep(layer, q[(tokens - 1) % stride :: stride].detach())

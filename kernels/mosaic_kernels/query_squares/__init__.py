@@ -1,0 +1,1 @@
+"""What a calibration learns from queries: sums of squares of their channels."""

@@ -1,0 +1,1 @@
+"""Rotated pages -> the format of every segment."""
