@@ -103,7 +103,13 @@ def test_bytes_of_a_case() -> None:
     assert case.pool.ratio == 64 * 128 * 2 / SEGMENT
     touched = len(set((case.selected.tokens[0] // 64).tolist()))
     dense = 2 * 64 * 2 * 2 + 2 * 4 + 64 * 64 * 4  # in and out, its log-sum-exp, the basis
+    rotated, segments = pages * 64 * 128 * 4, pages * (SEGMENT + 4)  # of the pages to encode; with formats' numbers
     wanted = {
+        "query_squares": pages * 64 * 2 * 64 * 2 + 2 * 64 * 8,
+        "rotate": rotated // 2 + 2 * 64 * 64 * 4 + rotated,
+        "segment_choice": rotated + pages * 4 + 8 * 4 * 8 + 8 + 64 * 8 + 64 * 4,  # three formats, filled up to four
+        "segment_encode": rotated + segments,
+        "segment_error": rotated + segments + pages * (16 + 4),
         "segment_decode": pages * (SEGMENT + 64 * 128 * 2),
         "attend_pages": pages * SEGMENT + q + pieces * result,
         "scan": sum(
@@ -117,6 +123,8 @@ def test_bytes_of_a_case() -> None:
     }  # fmt: skip
     assert {name: BY_NAME[name].nbytes(case) for name in wanted} == wanted
     assert BY_NAME["full"].nbytes(case) == wanted["attend_pages"] + pieces * result + dense
+    parts = ("rotate", "segment_choice", "segment_encode", "segment_error")
+    assert BY_NAME["encode"].nbytes(case) == sum(wanted[name] for name in parts)
     reuse = sum(wanted[name] for name in ("attend_selected", "far_field", "combine"))
     assert BY_NAME["reuse"].nbytes(case) == reuse
     assert BY_NAME["step"].nbytes(case) == reuse + wanted["scan"] + wanted["select"]

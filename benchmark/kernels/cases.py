@@ -17,16 +17,21 @@ import torch
 from mosaic_kernels.page_batch import LEAST_PAGES, LEAST_SCANNED, Item, PageBatch, plan
 from mosaic_kernels.scan.keys import keys_of
 from mosaic_kernels.segment import GROUP, SegmentFormat
+from mosaic_kernels.segment_choice.reference import HeadChoice
+from mosaic_kernels.segment_choice.table import ChoiceTable, make_choice_table
 from mosaic_kernels.segment_encode.reference import pack
 from mosaic_kernels.segment_table import HeadFormats, SegmentTable, make_table
 from mosaic_kernels.select.reference import choose_tokens, far_logits
 from mosaic_kernels.select.selection import Selected, SelectionPlan, plan_selection
+from mosaic_kernels.topk.segment import TopKFormat
 
 PAGE = 64
 DISTINCT = 64
 """Pages that are encoded; the others are copies of them."""
 MOST_ENCODED = 512
 """Pages that are encoded at a time: as many as a chunk of 32k new tokens fills."""
+MOST_OBSERVED = 8192
+"""Tokens whose queries are observed at a time: all that a calibration waits for."""
 FAR_BIAS = -0.25
 DENSE_LSE, PAGE_LSE = 6.0, 4.6
 """Usual log-sum-exp of the dense tokens and of a page, for logits of variance 1."""
@@ -43,6 +48,28 @@ class Rotated(NamedTuple):
     """int32 [H, pages], formats of the segments."""
     data: torch.Tensor
     """uint8 [pages, frame_bytes], zeroed."""
+
+
+class Dense(NamedTuple):
+    """Pages as they were written, and what an encoder knows of their layer."""
+
+    keys: torch.Tensor
+    """bfloat16 [pages, PAGE, H, D]."""
+    values: torch.Tensor
+    k_basis: torch.Tensor
+    """float32 [H, D, D], orthogonal."""
+    v_basis: torch.Tensor
+    queries: torch.Tensor
+    """bfloat16 [tokens, H * group, D]."""
+    sums: torch.Tensor
+    """float64 [H, D], 0: their statistics."""
+    choices: tuple[HeadChoice, ...]
+    """The pool's formats and, as in every real plan, one of top-k, which no page of normal values gets."""
+    costs: ChoiceTable
+    table: SegmentTable
+    """Of the same formats."""
+    data: torch.Tensor
+    """uint8 [pages, frame_bytes]: where errors are looked for."""
 
 
 class Dims(NamedTuple):
@@ -122,8 +149,9 @@ class Case:
     page_lse: torch.Tensor
     """float32 [H, P, group]."""
     selected: Selected
+    dense: Dense
     rotated: Rotated
-    """At most MOST_ENCODED pages."""
+    """Both are at most MOST_ENCODED pages."""
     parts: tuple[tuple[torch.Tensor, torch.Tensor], ...]
     """Results as of `attend_selected` and of `far_field`: over the pieces of `plan` and over those of `batch`."""
 
@@ -224,8 +252,33 @@ def make_case(
         keys=keys,
         page_lse=page_lse,
         selected=select_by_reference(keys, page_lse, batch, room),
+        dense=_dense(dims, pool, min(pages, MOST_ENCODED), generator),
         rotated=_rotated(dims, pool, min(pages, MOST_ENCODED), generator),
         parts=tuple((normal(*cut, dims.dim), normal(*cut)) for cut in cuts),
+    )
+
+
+def _dense(dims: Dims, pool: Pool, pages: int, generator: torch.Generator) -> Dense:
+    device = pool.data.device
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator, device=device)
+
+    choices, heads = [], []
+    for head in pool.heads:
+        nbytes = max(fmt.segment_bytes for fmt in head.formats)
+        formats = *head.formats, TopKFormat.fitting(nbytes, dims.dim, dims.dim, PAGE)
+        choices.append(HeadChoice(formats, 1e-4, (1e-4,) * dims.dim))
+        heads.append(head._replace(formats=formats))
+    return Dense(
+        *(normal(pages, PAGE, dims.heads, dims.dim).bfloat16() for _ in range(2)),
+        *(torch.linalg.qr(normal(dims.heads, dims.dim, dims.dim))[0].contiguous() for _ in range(2)),
+        queries=normal(min(pages * PAGE, MOST_OBSERVED), dims.heads * dims.group, dims.dim).bfloat16(),
+        sums=torch.zeros(dims.heads, dims.dim, dtype=torch.float64, device=device),
+        choices=tuple(choices),
+        costs=make_choice_table(choices, device),
+        table=make_table([heads], device),
+        data=torch.zeros(pages, pool.data.shape[1], dtype=torch.uint8, device=device),
     )
 
 

@@ -76,7 +76,7 @@ class Kernel(NamedTuple):
     """Name of the module's number of warps."""
     exact: bool = False
     """Products and sums are not fused."""
-    types: dict[str, str] = {}
+    types: tuple[tuple[str, str], ...] = ()
     """Of arguments, instead of TYPES."""
 
 
@@ -86,7 +86,7 @@ KERNELS = {
         add_squares_kernel,
         query_squares,
         (("ROWS", query_squares.ROWS), ("CHANNELS", query_squares.CHANNELS)),
-        types={"q": "*bf16"},
+        types=(("q", "*bf16"),),
     ),
     # Costs are computed of rare formats, too, as long as a head has any.
     "choose": Kernel(choose_kernel, segment_choice, (("ANY_TOPK", True), ("ANY_EXCEPTIONS", True)), exact=True),
@@ -124,7 +124,7 @@ def compile_kernel(kernel: Kernel, head_dim: int, group: int, arch: int) -> dict
         "ANY_TOPK": False, "ANY_EXCEPTIONS": False, "TWO": True, "TOP_P": True, **dict(kernel.tiles),
     }  # fmt: skip
     constants = {name: value for name, value in constants.items() if name in names}
-    types = TYPES | kernel.types
+    types = TYPES | dict(kernel.types)
     signature = {name: "constexpr" if name in constants else types.get(name, "*i32") for name in names}
     aligned = {
         (i,): [["tt.divisibility", 16]]

@@ -7,11 +7,12 @@ from typing import NamedTuple
 
 import torch
 
-from benchmark.kernels.cases import PAGE, Case
+from benchmark.kernels.cases import PAGE, Case, Rotated
 from mosaic_kernels.attend.reference import attend
 from mosaic_kernels.combine import reference as combine_reference
 from mosaic_kernels.segment_decode.reference import decode, decode_keys, decode_mean_values
 from mosaic_kernels.segment_encode.reference import pack
+from mosaic_kernels.segment_error.reference import put_header, relative_error
 from mosaic_kernels.select import reference as select_reference
 from mosaic_kernels.select.selection import Selected
 
@@ -47,9 +48,9 @@ def decoded(case: Case) -> Decoded:
     return Decoded(keys, values, scanned, means)
 
 
-def encoded(case: Case) -> torch.Tensor:
-    """The bytes of the pages to encode, headers left out: uint8 [pages, frame_bytes]."""
-    k, v, numbers, data = case.rotated
+def encoded(case: Case, rotated: Rotated) -> torch.Tensor:
+    """The bytes of rotated pages, headers left out: uint8 [pages, frame_bytes]."""
+    k, v, numbers, data = rotated
     wanted = torch.zeros_like(data)
     for h, head in enumerate(case.pool.heads):
         for n, fmt in enumerate(head.formats):
@@ -59,6 +60,21 @@ def encoded(case: Case) -> torch.Tensor:
                 pack(k[h, mine], v[h, mine], fmt, segments)
                 wanted[mine, head.start : head.start + fmt.segment_bytes] = segments
     return wanted
+
+
+def with_headers(case: Case, rotated: Rotated, data: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """`encoded` pages with their headers, and errors [pages, H]."""
+    data, errors = data.clone(), torch.zeros(rotated.numbers.T.shape, device=data.device)
+    for h, (head, choice) in enumerate(zip(case.pool.heads, case.dense.choices, strict=True)):
+        for n, fmt in enumerate(head.formats):
+            mine = rotated.numbers[h] == n
+            segments = data[mine, head.start : head.start + fmt.segment_bytes]
+            k, v = decode(segments, fmt)
+            weights = choice.k_weight, choice.v_weights
+            error = relative_error(rotated.keys[h, mine] - k, rotated.values[h, mine] - v, *weights)
+            put_header(segments, n, error)
+            data[mine, head.start : head.start + fmt.segment_bytes], errors[mine, h] = segments, error
+    return data, errors
 
 
 def over_all(case: Case, pages: Decoded) -> tuple[torch.Tensor, torch.Tensor]:

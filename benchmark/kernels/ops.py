@@ -7,13 +7,13 @@ A gate gives the largest error in units of what is tolerated: above 1, or not a 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
 
 from benchmark.kernels import expected, traffic
-from benchmark.kernels.cases import Case
+from benchmark.kernels.cases import Case, Rotated
 from mosaic_kernels.attend_pages import reference as attend_reference
 from mosaic_kernels.attend_pages.launch import attend_pages
 from mosaic_kernels.attend_selected.launch import attend_selected
@@ -21,10 +21,16 @@ from mosaic_kernels.combine import reference as combine_reference
 from mosaic_kernels.combine.launch import combine
 from mosaic_kernels.far_field import reference as far_reference
 from mosaic_kernels.far_field.launch import far_field
+from mosaic_kernels.query_squares import reference as squares_reference
+from mosaic_kernels.query_squares.launch import add_squares
 from mosaic_kernels.scan import reference as scan_reference
 from mosaic_kernels.scan.launch import scan
+from mosaic_kernels.segment_choice import reference as choice_reference
+from mosaic_kernels.segment_choice.launch import choose
 from mosaic_kernels.segment_decode.launch import decode_frames
 from mosaic_kernels.segment_encode.launch import encode_pages
+from mosaic_kernels.segment_encode.reference import rotate_pages
+from mosaic_kernels.segment_error.launch import write_errors
 from mosaic_kernels.select.launch import select
 from mosaic_kernels.select.selection import Selected
 
@@ -62,9 +68,37 @@ def _decode(case: Case, dtype: torch.dtype = torch.bfloat16) -> tuple[torch.Tens
     return decode_frames(case.pool.data, case.batch.frames[: case.lengths[0]], case.pool.table, dtype=dtype)
 
 
-def _encode(case: Case) -> torch.Tensor:
+def _observe(case: Case) -> torch.Tensor:
+    add_squares(case.dense.queries, case.dense.sums)
+    return case.dense.sums
+
+
+def _rotate(case: Case) -> tuple[torch.Tensor, torch.Tensor]:
+    keys, values, k_basis, v_basis = case.dense[:4]
+    return rotate_pages(keys, k_basis), rotate_pages(values, v_basis)
+
+
+def _choose(case: Case, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    return choose(keys, values, case.dense.costs, case.dense.table)
+
+
+def _pack(case: Case) -> torch.Tensor:
     encode_pages(*case.rotated, case.pool.table)
     return case.rotated.data
+
+
+def _write_errors(case: Case, rotated: Rotated) -> torch.Tensor:
+    # As a server does whose pages get no format of a rare kind.
+    ordinary = case.dense.table._replace(any_topk=False)
+    return write_errors(*rotated, case.dense.costs, ordinary)
+
+
+def _encode(case: Case) -> tuple[Rotated, torch.Tensor]:
+    """What PlanesEpoch.encode does on a GPU, but for asking whether a segment got a format of a rare kind."""
+    keys, values = _rotate(case)
+    rotated = Rotated(keys, values, _choose(case, keys, values), torch.zeros_like(case.dense.data))
+    encode_pages(*rotated, case.dense.table)
+    return rotated, _write_errors(case, rotated)
 
 
 def _attend_pages(case: Case) -> tuple[torch.Tensor, torch.Tensor]:
@@ -123,8 +157,41 @@ def _decode_gate(case: Case, pages: expected.Decoded) -> float:
     return 0.0 if same else math.inf
 
 
+def _observe_gate(case: Case, _: expected.Decoded) -> float:
+    wanted = torch.zeros_like(case.dense.sums)
+    squares_reference.add_squares(case.dense.queries, wanted)
+    case.dense.sums.zero_()
+    return _elementwise(_observe(case), wanted, 1e-13, 0.0)
+
+
+def _rotate_gate(case: Case, _: expected.Decoded) -> float:
+    keys, values, k_basis, v_basis = (x.cpu() for x in case.dense[:4])
+    wanted = rotate_pages(keys, k_basis), rotate_pages(values, v_basis)
+    return _equal(zip(_rotate(case), wanted, strict=True))
+
+
+def _choose_gate(case: Case, _: expected.Decoded) -> float:
+    keys, values = case.rotated[:2]
+    wanted = choice_reference.choose(keys.cpu(), values.cpu(), case.dense.choices)
+    return _equal([(_choose(case, keys, values), wanted)])
+
+
+def _pack_gate(case: Case, _: expected.Decoded) -> float:
+    return _equal([(_pack(case), expected.encoded(case, case.rotated))])
+
+
+def _error_gate(case: Case, _: expected.Decoded) -> float:
+    rotated = case.rotated._replace(data=expected.encoded(case, case.rotated))
+    wanted = expected.with_headers(case, rotated, rotated.data)
+    errors = _write_errors(case, rotated)
+    return _equal(zip((rotated.data, errors), wanted, strict=True))
+
+
 def _encode_gate(case: Case, _: expected.Decoded) -> float:
-    return 0.0 if torch.equal(_encode(case), expected.encoded(case)) else math.inf
+    rotated, errors = _encode(case)
+    wanted = expected.with_headers(case, rotated, expected.encoded(case, rotated))
+    numbers = choice_reference.choose(rotated.keys.cpu(), rotated.values.cpu(), case.dense.choices)
+    return _equal([(rotated.data, wanted[0]), (errors, wanted[1]), (rotated.numbers, numbers)])
 
 
 def _attend_pages_gate(case: Case, pages: expected.Decoded) -> float:
@@ -181,6 +248,11 @@ def _step_gate(case: Case, pages: expected.Decoded) -> float:
     return _by_row(_step(case), wanted, MERGED)
 
 
+def _equal(pairs: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> float:
+    """To the last bit, or not at all."""
+    return 0.0 if all(torch.equal(found.cpu(), wanted.cpu()) for found, wanted in pairs) else math.inf
+
+
 def _error(found: tuple[torch.Tensor, torch.Tensor], wanted: tuple[torch.Tensor, torch.Tensor], logits: float) -> float:
     """Of an output and its log-sum-exp."""
     return _worst(_by_row(found[0], wanted[0], OUTPUT), float((found[1] - wanted[1]).abs().max()) / logits)
@@ -206,8 +278,20 @@ def _worst(*errors: float) -> float:
 _REUSE = traffic.attend_selected_bytes, traffic.far_field_bytes, traffic.combine_bytes(2)
 
 OPS = (
-    Op("segment_encode", "rotated K, V float32 [H, pages, 64, D] -> segments",
-       traffic.encode_bytes, _encode_gate, _encode, attends=False),
+    Op("query_squares", "queries bf16 [tokens, R, D] -> sums of squares float64 [H, D]",
+       traffic.observe_bytes, _observe_gate, _observe, attends=False, streams=True),
+    Op("rotate", "K, V bf16 [pages, 64, H, D], bases [H, D, D] -> rotated K, V float32 [H, pages, 64, D] (torch)",
+       traffic.rotate_bytes, _rotate_gate, _rotate, attends=False),
+    Op("segment_choice", "rotated K, V float32 [H, pages, 64, D] -> formats [H, pages]",
+       traffic.choose_bytes, _choose_gate, lambda case: _choose(case, *case.rotated[:2]), attends=False),
+    Op("segment_encode", "rotated K, V float32 [H, pages, 64, D], formats [H, pages] -> segments without headers",
+       traffic.encode_bytes, _pack_gate, _pack, attends=False),
+    Op("segment_error", "rotated K, V float32 [H, pages, 64, D], segments -> errors [pages, H], headers",
+       traffic.error_bytes, _error_gate,
+       lambda case: _write_errors(case, case.rotated._replace(data=case.dense.data)), attends=False),
+    Op("encode", "rotate, segment_choice, segment_encode, segment_error: K, V bf16 [pages, 64, H, D] -> segments",
+       traffic.total(traffic.rotate_bytes, traffic.choose_bytes, traffic.encode_bytes, traffic.error_bytes),
+       _encode_gate, _encode, attends=False),
     Op("segment_decode", "pages of one request -> K, V bf16 [H, pages, 64, D]",
        traffic.decode_bytes, _decode_gate, _decode, attends=False),
     Op("attend_pages", "q [I, H, group, D], P pages -> out [pieces, H, group, D], lse",

@@ -16,13 +16,29 @@ from mosaic_kernels.segment import GROUP, HEADER, SegmentFormat
 _FLOAT, _INT = 4, 4
 
 
+def observe_bytes(case: Case) -> int:
+    """The queries, and their sums twice."""
+    return _sizes(case.dense.queries, case.dense.sums, case.dense.sums)
+
+
+def rotate_bytes(case: Case) -> int:
+    """K and V as written, the bases, rotated K and V."""
+    return _sizes(*case.dense[:4], case.rotated.keys, case.rotated.values)
+
+
+def choose_bytes(case: Case) -> int:
+    """Rotated K and V, the formats' numbers and their costs."""
+    return _sizes(case.rotated.keys, case.rotated.values, case.rotated.numbers, *case.dense.costs)
+
+
 def encode_bytes(case: Case) -> int:
     """Rotated K and V of the pages, and the bytes of their segments."""
-    rotated = case.rotated
-    written = 0
-    for head, of_head in zip(case.pool.heads, rotated.numbers.tolist(), strict=True):
-        written += sum(head.formats[number].segment_bytes for number in of_head)
-    return _sizes(rotated.keys, rotated.values, rotated.numbers) + written
+    return _sizes(*case.rotated[:3]) + _encoded(case)
+
+
+def error_bytes(case: Case) -> int:
+    """The same, headers and errors."""
+    return encode_bytes(case) + (HEADER + _FLOAT) * case.rotated.numbers.numel()
 
 
 def decode_bytes(case: Case) -> int:
@@ -109,6 +125,13 @@ def dense_bytes(case: Case, element: int) -> int:
 def total(*parts: Callable[[Case], int]) -> Callable[[Case], int]:
     """Bytes of ops one after the other."""
     return lambda case: sum(part(case) for part in parts)
+
+
+def _encoded(case: Case) -> int:
+    written = 0
+    for head, of_head in zip(case.pool.heads, case.rotated.numbers.tolist(), strict=True):
+        written += sum(head.formats[number].segment_bytes for number in of_head)
+    return written
 
 
 def _of_segments(case: Case, nbytes: Callable[[SegmentFormat], int], pages: slice = slice(None)) -> int:

@@ -9,7 +9,7 @@ from mosaic_kernels.segment_choice.kernel import choose_kernel
 from mosaic_kernels.segment_choice.table import ChoiceTable
 from mosaic_kernels.segment_table import SegmentTable, check_rotated, padded
 
-WARPS = 8
+WARPS = 16
 
 
 def choose(
