@@ -3,7 +3,10 @@
 | op | does |
 |---|---|
 | `segment.SegmentFormat` | where every byte of one compressed segment lies |
+| `query_squares` | sums of squares of queries' channels, for calibrations |
+| `segment_choice` | which of its head's formats a segment gets |
 | `segment_encode` | K and V of whole pages -> segment bytes |
+| `segment_error` | the errors of encoded segments, and their headers |
 | `segment_decode` | segment bytes -> K and V in the rotated bases |
 | `attend` | attention over given keys, with log-sum-exp |
 | `merge_lse` | joins two attention results over disjoint keys |

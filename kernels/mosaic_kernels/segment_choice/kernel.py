@@ -142,6 +142,6 @@ def _integers(x, largest):
     scaled = x.to(tl.float64) / largest * _UNITS
     # To the nearest integer, halves to even; what is not finite, or would not be, counts as 0.
     nearest = (scaled + 6755399441055744.0) - 6755399441055744.0
-    integers = tl.where(largest < float("inf"), nearest, 0.0).to(tl.int64)
+    integers = tl.where(largest < float("inf"), nearest, 0.0).to(tl.int32)
     unit = largest / _UNITS
-    return integers * integers, tl.where(largest < float("inf"), unit * unit, float("nan"))
+    return (integers * integers).to(tl.int64), tl.where(largest < float("inf"), unit * unit, float("nan"))
