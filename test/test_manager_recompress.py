@@ -98,11 +98,11 @@ def test_rungs_cost_more_and_more(bits: int) -> None:
     nbytes = 64 * 2 * kind.base_bits
     base = rng.integers(0, 256, (50, nbytes), np.uint8)
     refinement = rng.integers(0, 256, (50, 64 * 2 * kind.refinement_bits), np.uint8)
-    before = coarsening._codes(kind, base, refinement)
+    before = coarsening.codes_of(kind, base, refinement)
     assert (before.min(), before.max()) == (0, 2**bits - 1)
     errors = []
     for rung in range(coarsening.rungs(kind)):
-        after = coarsening._codes(kind, *coarsening.apply(kind, rung, base, refinement))
+        after = coarsening.codes_of(kind, *coarsening.apply(kind, rung, base, refinement))
         errors.append(float(np.square((after - before).astype(float)).mean()))
         assert abs((after - before).mean()) < 0.05 * 2**bits / 2
     first = 0 if kind.refinement_bits else 1

@@ -133,7 +133,7 @@ def _bits(kind: Kind) -> np.ndarray:
 def _costs(kind: Kind, groups: Groups, frame: np.ndarray) -> np.ndarray:
     """Weighted squared error of every group on every rung, float64 [n, rungs]."""
     base, refinement = planes(frame, groups)
-    before = _codes(kind, base, refinement)
+    before = codes_of(kind, base, refinement)
     scales = frame[groups.scales]
     if kind.tensor == "k":
         per_channel, per_token = scales.view(np.float16).astype(np.float64) ** 2 * groups.weights, None
@@ -141,14 +141,14 @@ def _costs(kind: Kind, groups: Groups, frame: np.ndarray) -> np.ndarray:
         per_channel, per_token = groups.weights, (scales.astype(np.uint16) << 7).view(np.float16).astype(np.float32)
     costs = np.zeros((len(base), rungs(kind)))
     for rung in range(1, rungs(kind)):
-        moved = (_codes(kind, *apply(kind, rung, base, refinement)) - before).astype(np.float32)
+        moved = (codes_of(kind, *apply(kind, rung, base, refinement)) - before).astype(np.float32)
         if per_token is not None:
             moved *= per_token[:, :, None]
         costs[:, rung] = (np.square(moved).sum(1) * per_channel).sum(1)
     return costs
 
 
-def _codes(kind: Kind, base: np.ndarray, refinement: np.ndarray) -> np.ndarray:
+def codes_of(kind: Kind, base: np.ndarray, refinement: np.ndarray) -> np.ndarray:
     """Codes int16 [n, tokens, 16] of planes [n, bytes]."""
     codes = _unpack(base, kind.base_bits)
     if kind.refinement_bits:

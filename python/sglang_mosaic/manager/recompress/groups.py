@@ -56,6 +56,7 @@ class _Members(NamedTuple):
     scales: np.ndarray
     weights: np.ndarray
     segments: np.ndarray
+    numbers: np.ndarray
 
 
 class Groups:
@@ -93,6 +94,11 @@ class Groups:
         """int32 [n]: the segment that each group belongs to."""
         return np.concatenate([member.segments for member in self._members])
 
+    @property
+    def numbers(self) -> np.ndarray:
+        """int32 [n]: which 16 channels of its segment each group has."""
+        return np.concatenate([member.numbers for member in self._members])
+
 
 class Segment(NamedTuple):
     """One KV head of one layer."""
@@ -121,7 +127,8 @@ class FrameLayout:
         except (KeyError, IndexError, TypeError, ValueError, struct.error) as error:
             raise FrameError(f"not an epoch: {error}") from error
         self.frame_bytes = sum(segment.nbytes for segment in self.segments)
-        self._headers = np.array([segment.start for segment in self.segments], np.int32)
+        self.headers = np.array([segment.start for segment in self.segments], np.int32)
+        """int32 [segments]: first byte of every segment."""
         self._parts = lru_cache(maxsize=None)(self._part_of_segment)
 
     def numbers(self, frame: np.ndarray) -> np.ndarray:
@@ -132,7 +139,7 @@ class FrameLayout:
         """
         if frame.dtype != np.uint8 or frame.shape != (self.frame_bytes,):
             raise FrameError(f"a frame of this epoch has {self.frame_bytes} bytes, got {frame.dtype} {frame.shape}")
-        numbers = frame[self._headers + FORMAT]
+        numbers = frame[self.headers + FORMAT]
         self.check(numbers)
         return numbers
 
@@ -149,12 +156,12 @@ class FrameLayout:
 
     def errors(self, frame: np.ndarray) -> np.ndarray:
         """A view of the errors in the headers would not be aligned: a copy, float32 [segments]."""
-        at = self._headers[:, None] + ERROR + np.arange(ERROR_BYTES, dtype=np.int32)
+        at = self.headers[:, None] + ERROR + np.arange(ERROR_BYTES, dtype=np.int32)
         return frame[at].view(np.float32)[:, 0]
 
     def put_errors(self, frame: np.ndarray, errors: np.ndarray) -> None:
         """Write the errors of all segments, float32 [segments], into their headers."""
-        at = self._headers[:, None] + ERROR + np.arange(ERROR_BYTES, dtype=np.int32)
+        at = self.headers[:, None] + ERROR + np.arange(ERROR_BYTES, dtype=np.int32)
         frame[at] = errors.astype(np.float32)[:, None].view(np.uint8)
 
     def take_apart(self, numbers: np.ndarray) -> tuple[dict[Kind, Groups], np.ndarray]:
@@ -178,15 +185,16 @@ class FrameLayout:
                     if bits:
                         group = _group(fmt, segment, tensor, planes, g)
                         rest[group[0]] = rest[group[1]] = False
-                        found.setdefault(Kind(tensor, bits), []).append((*group, i))
+                        found.setdefault(Kind(tensor, bits), []).append((*group, i, g))
         groups = {}
         for kind, members in found.items():
-            base, refinement, scales, weights, segments = (np.stack(x) for x in zip(*members, strict=True))
+            base, refinement, scales, weights, segments, numbers = (np.stack(x) for x in zip(*members, strict=True))
             groups[kind] = _Members(
                 *((x + segment.start // WORD).astype(np.int32) for x in (base, refinement)),
                 (scales + segment.start).astype(np.int32),
                 weights,
                 segments.astype(np.int32),
+                numbers.astype(np.int32),
             )
         return groups, (np.flatnonzero(rest) + segment.start // WORD).astype(np.int32)
 
@@ -198,12 +206,13 @@ def epoch_hash(epoch: bytes) -> str:
         FrameError: they are none.
     """
     try:
-        return str(_header(epoch)["__metadata__"]["hash"])
+        return str(read_header(epoch)["__metadata__"]["hash"])
     except (KeyError, TypeError, ValueError, struct.error) as error:
         raise FrameError(f"not an epoch: {error}") from error
 
 
-def _header(epoch: bytes) -> dict:
+def read_header(epoch: bytes) -> dict:
+    """Header of a safetensors file: entries of its tensors, and the metadata."""
     (length,) = struct.unpack_from("<Q", epoch)
     return json.loads(epoch[8 : 8 + length])
 
@@ -232,11 +241,11 @@ def _words_of(fmt: SegmentFormat, runs: tuple[Plane, ...], g: int) -> np.ndarray
 
 
 def _segments(epoch: bytes) -> list[Segment]:
-    header = _header(epoch)
+    header = read_header(epoch)
     data = memoryview(epoch)[8 + struct.unpack_from("<Q", epoch)[0] :]
     segments, start = [], 0
     for layer, heads in enumerate(json.loads(header["__metadata__"]["heads"])):
-        v_basis = _tensor(header[f"{layer}.v_basis"], data)
+        v_basis = read_tensor(header[f"{layer}.v_basis"], data)
         # As LayerBasis.v_weights has it: squared error of a value per squared error of a stored channel.
         of_channel = 1 / np.square(v_basis.astype(np.float64)).sum(1)
         for h, head in enumerate(heads):
@@ -251,7 +260,8 @@ def _segments(epoch: bytes) -> list[Segment]:
     return segments
 
 
-def _tensor(entry: dict, data: memoryview) -> np.ndarray:
+def read_tensor(entry: dict, data: memoryview) -> np.ndarray:
+    """A float32 tensor of a safetensors file, of which `data` is what follows the header."""
     start, stop = entry["data_offsets"]
     if entry["dtype"] != "F32" or stop - start != 4 * math.prod(entry["shape"]):
         raise ValueError(f"a tensor of {entry['dtype']}, expected float32")

@@ -7,20 +7,13 @@ nothing: unpacking gives back the same bytes.
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Iterator
 
 import numpy as np
-import zstandard
 
 from sglang_mosaic.manager.recompress import coarsen
 from sglang_mosaic.manager.recompress.groups import WORD, FrameError, FrameLayout, Groups, Kind
-
-LEVEL = 1
-_PARAMETERS = zstandard.ZstdCompressionParameters.from_level(
-    LEVEL, format=zstandard.FORMAT_ZSTD1_MAGICLESS, write_content_size=False, write_checksum=False
-)
-_LENGTH = struct.Struct("<I")
+from sglang_mosaic.manager.recompress.parts import Reader, join
 
 
 def pack(layout: FrameLayout, frame: np.ndarray, rungs: dict[Kind, np.ndarray]) -> bytes:
@@ -35,13 +28,8 @@ def pack(layout: FrameLayout, frame: np.ndarray, rungs: dict[Kind, np.ndarray]) 
     numbers = layout.numbers(frame)
     kinds, rest = layout.take_apart(numbers)
     steps = np.concatenate([rungs[kind] for kind in kinds]) if kinds else np.empty(0, np.uint8)
-    compressor = zstandard.ZstdCompressor(compression_params=_PARAMETERS)
     words = frame.view(np.uint32)
-    parts = []
-    for data in (numbers, steps, *(words[at] for at in _streams(kinds, rungs)), words[rest]):
-        packed = compressor.compress(np.ascontiguousarray(data))
-        parts += [_LENGTH.pack(len(packed)), packed]
-    return b"".join(parts)
+    return join((numbers, steps, *(words[at] for at in _streams(kinds, rungs)), words[rest]))
 
 
 def unpack(layout: FrameLayout, data: bytes) -> np.ndarray:
@@ -50,7 +38,7 @@ def unpack(layout: FrameLayout, data: bytes) -> np.ndarray:
     Raises:
         FrameError: they are not the bytes of a frame of this epoch.
     """
-    reader = _Reader(data)
+    reader = Reader(data)
     numbers = reader.take(len(layout.segments))
     layout.check(numbers)
     kinds, rest = layout.take_apart(numbers)
@@ -88,31 +76,3 @@ def _streams(kinds: dict[Kind, Groups], rungs: dict[Kind, np.ndarray]) -> Iterat
             yield groups.base[rows]
             if rung == 0 and kind.refinement_bits:
                 yield groups.refinement[rows]
-
-
-class _Reader:
-    def __init__(self, data: bytes) -> None:
-        self._data = memoryview(data)
-        self._at = 0
-        self._decompressor = zstandard.ZstdDecompressor(format=zstandard.FORMAT_ZSTD1_MAGICLESS)
-
-    def take(self, nbytes: int) -> np.ndarray:
-        """The next part, which must have so many bytes."""
-        try:
-            (length,) = _LENGTH.unpack_from(self._data, self._at)
-            start = self._at + _LENGTH.size
-            packed = self._data[start : start + length]
-            if len(packed) != length:
-                raise FrameError("a packed frame ends within a part")
-            # One byte more than wanted, so that a longer part shows.
-            data = self._decompressor.decompress(packed, max_output_size=nbytes + 1)
-        except (struct.error, zstandard.ZstdError) as error:
-            raise FrameError(f"a packed frame is damaged: {error}") from error
-        if len(data) != nbytes:
-            raise FrameError(f"a part of a packed frame has {len(data)} bytes, expected {nbytes}")
-        self._at = start + length
-        return np.frombuffer(data, np.uint8)
-
-    def end(self) -> None:
-        if self._at != len(self._data):
-            raise FrameError(f"{len(self._data) - self._at} bytes follow a packed frame")
