@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from benchmark.codec.capture import Captured
-from benchmark.codec.methods import PAGE, Problem, problems, samples
+from benchmark.codec.methods import PAGE, Problem, pages, problems, samples
 from mosaic_kernels.attend.reference import attend
 from mosaic_kernels.merge_lse.reference import merge
 from sglang_mosaic.codec import PlanesCodec, PlanesEpoch
@@ -23,6 +23,11 @@ class RealFrames(NamedTuple):
     """uint8 [pages, frame bytes]."""
     problems: list[Problem]
     """Of every layer."""
+
+    @staticmethod
+    def position(page: int) -> int:
+        """Of the first token of one of the frames."""
+        return (page + 1) * PAGE
 
     @property
     def dense_bytes(self) -> int:
@@ -50,6 +55,15 @@ def encode(captured: Captured, ratio: float, queries: int, calibration_tokens: i
     epoch = codec.calibrate(samples(layers, calibration_tokens))
     data = [epoch.encode(index, p.keys[1:-1], p.values[1:-1])[0] for index, p in enumerate(asked)]
     return RealFrames(epoch, torch.cat(data, 1).numpy(), asked)
+
+
+def encode_others(real: RealFrames, captured: Captured, most: int) -> list[tuple[np.ndarray, int]]:
+    """The first pages of another text in the same epoch, and the positions of their first tokens."""
+    layers = captured.layers.values()
+    data = [
+        real.epoch.encode(index, pages(layer.k)[:most], pages(layer.v)[:most])[0] for index, layer in enumerate(layers)
+    ]
+    return [(frame, page * PAGE) for page, frame in enumerate(torch.cat(data, 1).numpy())]
 
 
 def _layer_error(epoch: PlanesEpoch, index: int, data: torch.Tensor, problem: Problem) -> torch.Tensor:

@@ -17,40 +17,91 @@ from benchmark.codec.methods import PAGE
 from benchmark.common.stats import percentile
 from benchmark.manager.frames import RealFrames
 from sglang_mosaic.codec.storage import epoch_to_bytes
+from sglang_mosaic.manager.recompress.base import Packed
+from sglang_mosaic.manager.recompress.cold import Planes, TransformCoding
 from sglang_mosaic.manager.recompress.groups import FrameLayout
 from sglang_mosaic.manager.recompress.planes import PlanesPacking
+from sglang_mosaic.manager.recompress.rope import Rope
+from sglang_mosaic.manager.recompress.transform import calibrate
 
 
 def measure_limits(real: RealFrames, limits: Sequence[float], layout: FrameLayout) -> list[dict[str, Any]]:
     """A row for every error limit; the first is for frames as they come from the device."""
     frames = real.frames
-    row = _row(real, None, [frame.tobytes() for frame in frames], frames)
-    rows = [row]
     codec = PlanesPacking(layout)
-    for limit in limits:
-        pack_s, unpack_s, packed, restored = [], [], [], []
-        for frame in frames:
-            start = time.perf_counter()
-            result = codec.pack(frame, limit)
-            between = time.perf_counter()
-            again = codec.unpack(result.data)
-            unpack_s.append(time.perf_counter() - between)
-            pack_s.append(between - start)
-            if not np.array_equal(again, result.frame):
-                raise ValueError(f"a frame packed at the limit {limit} does not come back")
-            packed.append(result.data)
-            restored.append(again)
-        row = _row(real, limit, packed, np.stack(restored))
-        for name, seconds in (("pack", pack_s), ("restore", unpack_s)):
-            row[f"{name}_ms"] = percentile(seconds, 50) * 1e3
-            row[f"{name}_mb_s"] = real.dense_bytes / percentile(seconds, 50) / 1e6
-        rows.append(row)
-    return rows
+
+    def unpack(data: bytes, page: int) -> np.ndarray:
+        return codec.unpack(data)
+
+    return [
+        _row(real, "frames", None, [frame.tobytes() for frame in frames], frames),
+        *(
+            _measure(real, "coarser", limit, lambda page, limit=limit: codec.pack(frames[page], limit), unpack)
+            for limit in limits
+        ),
+    ]
 
 
-def _row(real: RealFrames, limit: float | None, packed: list[bytes], frames: np.ndarray) -> dict[str, Any]:
+def measure_cold(
+    real: RealFrames, limits: Sequence[float], rope: Rope, sample: Sequence[tuple[np.ndarray, int]]
+) -> tuple[list[dict[str, Any]], dict[str, float]]:
+    """A row for every error limit of transform coding, and what its transform takes; it is learnt from `sample`, frames
+    of other texts with their positions."""
+    planes = Planes.of(epoch_to_bytes(real.epoch), rope)
+    start = time.perf_counter()
+    transform = calibrate(lambda: (planes.rows(*page) for page in sample))
+    learning_s = time.perf_counter() - start
+    codec = TransformCoding(planes, transform)
+    rows = [
+        _measure(
+            real,
+            "transform",
+            limit,
+            lambda page, limit=limit: codec.pack(real.frames[page], real.position(page), limit) or _kept(real, page),
+            lambda data, page: (
+                codec.unpack(data, real.position(page)) if len(data) < real.frames.shape[1] else real.frames[page]
+            ),
+        )
+        for limit in limits
+    ]
+    return rows, {"pages": len(sample), "seconds": learning_s, "bytes": len(transform.to_bytes())}
+
+
+def _kept(real: RealFrames, page: int) -> Packed:
+    """A page that the limit leaves as it is."""
+    return Packed(real.frames[page].tobytes(), real.frames[page])
+
+
+def _measure(
+    real: RealFrames,
+    codec: str,
+    limit: float,
+    pack: Callable[[int], Packed],
+    unpack: Callable[[bytes, int], np.ndarray],
+) -> dict[str, Any]:
+    pack_s, unpack_s, packed, restored = [], [], [], []
+    for page, frame in enumerate(real.frames):
+        start = time.perf_counter()
+        result = pack(page)
+        between = time.perf_counter()
+        again = unpack(result.data, page)
+        unpack_s.append(time.perf_counter() - between)
+        pack_s.append(between - start)
+        if not np.array_equal(again, result.frame):
+            raise ValueError(f"a frame packed at the limit {limit} does not come back")
+        packed.append(result.data)
+        restored.append(again)
+    row = _row(real, codec, limit, packed, np.stack(restored))
+    for name, seconds in (("pack", pack_s), ("restore", unpack_s)):
+        row[f"{name}_ms"] = percentile(seconds, 50) * 1e3
+        row[f"{name}_mb_s"] = real.dense_bytes / percentile(seconds, 50) / 1e6
+    return row
+
+
+def _row(real: RealFrames, codec: str, limit: float | None, packed: list[bytes], frames: np.ndarray) -> dict[str, Any]:
     nbytes = sum(map(len, packed)) / len(packed)
     return {
+        "codec": codec,
         "limit": limit,
         "bytes_per_token": nbytes / PAGE,
         "ratio": real.dense_bytes / nbytes,

@@ -31,16 +31,23 @@ from benchmark.codec.capture import CaptureOptions, capture, read_text, tokenise
 from benchmark.codec.methods import PAGE
 from benchmark.codec.rate_distortion import TEST_NOVEL, embedded_model
 from benchmark.common.errors import BenchmarkError
+from benchmark.common.kv_bytes import load_config
 from benchmark.common.options import integer, number
 from benchmark.common.report import COLOURS, environment, new_figure, public_command, write_json, write_png
 from benchmark.common.stats import format_table
-from benchmark.manager.frames import encode
+from benchmark.manager.frames import encode, encode_others
 from benchmark.manager.latency import measure_latency
-from benchmark.manager.recompression import layout_of, measure_compressors, measure_limits
+from benchmark.manager.recompression import layout_of, measure_cold, measure_compressors, measure_limits
+from sglang_mosaic.manager.recompress.cold_pages import SAMPLE
+from sglang_mosaic.manager.recompress.rope import Rope
 
 LIMITS = (0.0, 0.1, 0.15, 0.2, 0.3, 0.4)
+COLD_LIMITS = (0.12, 0.15, 0.2, 0.25, 0.3, 0.4)
+LEARNT_NOVELS = 1, 2
+"""Novels whose first pages the transform of cold pages is learnt from, in equal parts; the passage is from another."""
 TABLES = {
     "limits": {
+        "codec": "codec",
         "limit": "limit",
         "bytes_per_token": "bytes a token",
         "ratio": "ratio to bf16",
@@ -75,6 +82,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--ratio", type=number(1.5), default=4.0, help="of the frames to bf16 (default %(default)g)")
     parser.add_argument("--limits", type=number(0), nargs="+", default=list(LIMITS), help="(default %(default)s)")
+    parser.add_argument(
+        "--cold-limits", type=number(0), nargs="+", default=list(COLD_LIMITS), help="of transform coding (%(default)s)"
+    )
     parser.add_argument("--repeats", type=integer(10), default=500, help="round trips of a kind (default %(default)s)")
     parser.add_argument("--cache", type=Path, metavar="DIR", help="keep captures here (default: a temporary folder)")
     parser.add_argument(
@@ -88,22 +98,44 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
+def rope_of(model_path: str) -> Rope:
+    """How the model's keys are turned.
+
+    Raises:
+        BenchmarkError: with scaling, which this benchmark does not know.
+    """
+    config = load_config(model_path)
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if rope.get("rope_type", "default") != "default":
+        raise BenchmarkError(f"{model_path} scales RoPE by {rope['rope_type']}; give a model that does not")
+    theta = rope.get("rope_theta") or config["rope_theta"]
+    dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    return Rope([theta ** (-i / dim) for i in range(0, dim, 2)])
+
+
 def measure(args: argparse.Namespace, cache: Path) -> dict[str, Any]:
     """All rows."""
     model_path = args.model_path or embedded_model()
     ids = tokenise(model_path, read_text(args.text, TEST_NOVEL), args.tokens)
     options = CaptureOptions(1, cache, shlex.split(args.server_args))
-    captured = capture(model_path, {"passage": ids}, options)["passage"]
+    texts = {"passage": ids}
+    learnt = SAMPLE // len(LEARNT_NOVELS)
+    for novel in LEARNT_NOVELS:
+        texts[f"novel {novel}"] = tokenise(model_path, read_text(None, novel), learnt * PAGE)
+    captured = capture(model_path, texts, options)
     torch.set_num_threads(1)
-    real = encode(captured, args.ratio, args.queries, args.calibration_tokens)
+    real = encode(captured["passage"], args.ratio, args.queries, args.calibration_tokens)
     layout = layout_of(real)
+    sample = [page for novel in LEARNT_NOVELS for page in encode_others(real, captured[f"novel {novel}"], learnt)]
+    cold, transform = measure_cold(real, args.cold_limits, rope_of(model_path), sample)
     compressors, missing = measure_compressors(real, layout, 16)
     trips, calls, ready_s = measure_latency(real, args.repeats)
     return {
         "model": Path(model_path).name,
         "pages": len(real.frames),
         "frame_bytes": real.frames.shape[1],
-        "limits": measure_limits(real, args.limits, layout),
+        "limits": measure_limits(real, args.limits, layout) + cold,
+        "transform": transform,
         "compressors": compressors,
         "not_installed": missing,
         "trips": trips,
@@ -129,8 +161,10 @@ def draw(result: dict[str, Any]) -> Figure:
     """Error against bytes, and round trips."""
     figure = new_figure(2)
     curve, bars = figure.axes
-    rows = result["limits"]
-    curve.plot([row["ratio"] for row in rows], [row["error"] for row in rows], "o-", color=COLOURS["mosaic"])
+    for codec, colour in (("coarser", COLOURS["stock"]), ("transform", COLOURS["mosaic"])):
+        rows = [row for row in result["limits"] if row["codec"] == codec]
+        curve.plot([row["ratio"] for row in rows], [row["error"] for row in rows], "o-", color=colour, label=codec)
+    curve.legend(fontsize="small")
     curve.set_xlabel("bf16 bytes per byte stored")
     curve.set_ylabel("mean relative error of the attention output")
     curve.set_title(f"{result['model']}, recompressed pages")

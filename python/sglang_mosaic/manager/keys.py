@@ -40,6 +40,11 @@ def epoch_key(hash_: str) -> bytes:
     return _hash(b"epoch", hash_.encode())
 
 
+def transform_key(hash_: str) -> bytes:
+    """The key of the record of the transform of an epoch's cold pages."""
+    return _hash(b"transform", hash_.encode())
+
+
 def statistics_key(ticket: int) -> bytes:
     """The key of statistics on their way to a calibration."""
     return _hash(b"statistics", str(ticket).encode())

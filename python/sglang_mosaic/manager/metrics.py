@@ -42,6 +42,10 @@ class ManagerMetrics:
     recompressed_from: int = 0
     recompressed_to: int = 0
     """Bytes before and after."""
+    transformed: int = 0
+    transformed_from: int = 0
+    transformed_to: int = 0
+    """The same of cold pages, which were recompressed before."""
     fetches: int = 0
     hits_memory: int = 0
     hits_disk: int = 0

@@ -22,6 +22,12 @@ class ManagerOptions:
     """Bytes of pages that wait uncompressed in host memory, newest first: they come back several times faster."""
     host_max_error: float = 0.0
     """Relative error of the attention output that recompressed pages may be expected to make; 0: none of their own."""
+    cold_max_error: float = 0.0
+    """The same of pages that stay cold, which are transform-coded when memory becomes short; 0: none are."""
+    rope_frequencies: tuple[float, ...] = ()
+    """Radians a token of every pair of channels that RoPE turns, scaling included; none: keys are taken as they are."""
+    rope_interleaved: bool = False
+    """Pairs are neighbouring channels (GPT-J), not halves of what is turned (NeoX)."""
     disk: str | None = None
     """Directory for records; None: host memory only."""
     disk_bytes: int = 10 << 30
@@ -55,8 +61,12 @@ class ManagerOptions:
                 raise ConfigError(f"{name}: got {getattr(self, name)}, give 0 or more.")
         if self.slots < 2:
             raise ConfigError(f"slots: got {self.slots}, give at least 2: one for each direction.")
-        if not 0.0 <= self.host_max_error < 1.0:
-            raise ConfigError(f"--mosaic-host-max-error: got {self.host_max_error}, give a share from 0 to below 1.")
+        for name in ("host_max_error", "cold_max_error"):
+            if not 0.0 <= getattr(self, name) < 1.0:
+                flag = f"--mosaic-{name.replace('_', '-')}"
+                raise ConfigError(f"{flag}: got {getattr(self, name)}, give a share from 0 to below 1.")
+        # JSON has lists only.
+        object.__setattr__(self, "rope_frequencies", tuple(self.rope_frequencies))
         for name in (
             "rescan_s",
             "ready_s",

@@ -13,11 +13,13 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from sglang_mosaic.manager.calibrator import Calibrator
-from sglang_mosaic.manager.keys import epoch_key
+from sglang_mosaic.manager.keys import epoch_key, transform_key
 from sglang_mosaic.manager.metrics import ManagerMetrics
 from sglang_mosaic.manager.options import ManagerOptions
+from sglang_mosaic.manager.recompress.cold_pages import ColdPages
 from sglang_mosaic.manager.recompress.groups import FrameError
 from sglang_mosaic.manager.recompress.recompressor import Recompressor
+from sglang_mosaic.manager.recompress.rope import Rope
 from sglang_mosaic.manager.store.directory import DirectoryTier
 from sglang_mosaic.manager.store.eviction import LeastRecentlyUsed
 from sglang_mosaic.manager.store.memory import MemoryTier
@@ -49,7 +51,9 @@ class Service:
         memory = MemoryTier(options.host_bytes, LeastRecentlyUsed())
         self.store = Store(memory, directory, options.host_raw_bytes)
         self._slots = slots
-        self._recompressor = Recompressor(options.host_max_error, self._epoch)
+        rope = Rope(options.rope_frequencies, options.rope_interleaved)
+        cold = ColdPages(options.cold_max_error, rope, self._epoch, self._transform)
+        self._recompressor = Recompressor(options.host_max_error, self._epoch, cold)
         self._calibrator = Calibrator(options.calibration_threads)
         self._uploads: dict[bytes, bytearray] = {}
         self._statistics: dict[bytes, bytes] = {}
@@ -105,18 +109,23 @@ class Service:
         return [*_as_messages(self.store.take_changes()), *done]
 
     def work(self, flush: bool = False) -> bool:
-        """Compress and write one record, or look at the directory; False: nothing was to be done."""
+        """Compress and write one record, or look at the directory; False: nothing was to be done.
+
+        Args:
+            flush: what may wait is due, too; what can be done without is left.
+        """
         if time.monotonic() > self._next_scan:
             self.store.rescan()
             self._next_scan = time.monotonic() + self._rescan_s
         record = self.store.next(flush)
         if record is None:
-            return False
+            return not flush and self._work_on_cold()
         try:
             if not self._recompressor.ready(record):
                 self.store.park(record)
                 return True
             smaller = self._recompressor.compress(record)
+            transform = self._recompressor.cold.learn(record)
         except FrameError:
             # It would never be read as a frame.
             self.metrics.refused_records += 1
@@ -127,11 +136,30 @@ class Service:
             self.metrics.recompressed_from += len(record.body)
             self.metrics.recompressed_to += len(smaller.body)
         self.store.settle(record, smaller or record)
+        if transform is not None:
+            self._keep(transform_key(record.meta.epoch), wire.Meta(RecordKind.TRANSFORM), transform)
         return True
 
     def close(self) -> None:
         """End what still runs."""
         self._calibrator.close()
+
+    def _work_on_cold(self) -> bool:
+        """Transform-code one page that is about to leave memory; False: there is none, or room enough."""
+        record = self.store.coldest(self._recompressor.cold.can_code)
+        if record is None:
+            return False
+        try:
+            smaller = self._recompressor.cold.compress(record, self._recompressor.restore(record))
+        except FrameError:
+            # As it is it can be read; it only has something that the transform cannot say.
+            smaller = None
+        self.store.settle_cold(record, smaller)
+        if smaller is not None:
+            self.metrics.transformed += 1
+            self.metrics.transformed_from += len(record.body)
+            self.metrics.transformed_to += len(smaller.body)
+        return True
 
     def _put(self, request: wire.Put) -> wire.Stored:
         accepted = False
@@ -145,6 +173,8 @@ class Service:
     def _receive(self, request: wire.Put, data: bytes) -> bool:
         """A whole record, or the next part of one."""
         meta = request.meta
+        if meta.kind is RecordKind.TRANSFORM or not -1 <= meta.position < 1 << 32:
+            raise WireError(f"a record of kind {meta.kind} at {meta.position}")
         if len(meta.epoch) > EPOCH_BYTES or not meta.epoch.isascii() or not 0 <= meta.revision < 1 << 32:
             raise WireError(f"revision {meta.revision} of epoch {meta.epoch[:EPOCH_BYTES]!r}")
         total = request.total
@@ -229,6 +259,10 @@ class Service:
         record = self.store.get((RecordKind.EPOCH, epoch_key(hash_)))
         return None if record is None else record.body
 
+    def _transform(self, hash_: str) -> bytes | None:
+        record = self.store.get((RecordKind.TRANSFORM, transform_key(hash_)))
+        return None if record is None else record.body
+
     def _gauged(self) -> ManagerMetrics:
         metrics, memory, directory = self.metrics, self.store.memory, self.store.directory
         metrics.memory_records, metrics.memory_bytes = len(memory), memory.nbytes
@@ -253,6 +287,8 @@ def _as_messages(changes: Iterable[Change]) -> list[wire.Reply]:
             run.clear()
 
     for (kind, key), known in changes:
+        if kind is RecordKind.TRANSFORM:  # the manager's own
+            continue
         if (kind, known) != last or len(run) == wire.KEYS_PER_MESSAGE:
             end()
             last = kind, known

@@ -36,6 +36,8 @@ class RecordKind(enum.IntEnum):
     """What frames are decoded with: bases and formats, as codec/storage.py writes them."""
     STATISTICS = 2
     """What a calibration sees. Lives until its calibration is done, in no tier."""
+    TRANSFORM = 3
+    """What cold pages of an epoch are decoded with. The manager's own: it comes from no server and goes to none."""
 
 
 class Meta(msgspec.Struct, frozen=True):
@@ -46,6 +48,8 @@ class Meta(msgspec.Struct, frozen=True):
     """Of the byte format of frames (mosaic_kernels.segment.REVISION)."""
     epoch: str = ""
     """Hash of the epoch that a page was written with."""
+    position: int = -1
+    """Of a page's first token in its sequence; -1: unknown."""
 
 
 class Slot(msgspec.Struct, frozen=True):

@@ -9,6 +9,7 @@ from collections.abc import Callable
 import numpy as np
 
 from sglang_mosaic.manager.recompress.base import FrameCodec
+from sglang_mosaic.manager.recompress.cold_pages import ColdPages
 from sglang_mosaic.manager.recompress.groups import FrameError, FrameLayout
 from sglang_mosaic.manager.recompress.planes import PlanesPacking
 from sglang_mosaic.manager.store.record import Form, Record
@@ -24,9 +25,11 @@ class Recompressor:
     Args:
         max_error: of FrameCodec.pack.
         epoch: finds the bytes of an epoch by its hash; None: nobody knows it.
+        cold: what makes packed pages smaller still.
     """
 
-    def __init__(self, max_error: float, epoch: Callable[[str], bytes | None]) -> None:
+    def __init__(self, max_error: float, epoch: Callable[[str], bytes | None], cold: ColdPages) -> None:
+        self.cold = cold
         self._max_error = max_error
         self._epoch = epoch
         self._codecs: OrderedDict[str, FrameCodec] = OrderedDict()
@@ -65,7 +68,9 @@ class Recompressor:
             FrameError: they cannot be had: the epoch is unknown, or something is damaged.
         """
         data = record.body
-        if record.form is Form.PACKED:
+        if record.form is Form.TRANSFORMED:
+            data = self.cold.restore(record)
+        elif record.form is Form.PACKED:
             codec = self._codec(record.meta.epoch)
             if codec is None:
                 raise FrameError(f"epoch {record.meta.epoch!r} is unknown")

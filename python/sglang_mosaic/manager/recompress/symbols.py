@@ -14,6 +14,8 @@ from sglang_mosaic.manager.recompress.groups import FrameError
 from sglang_mosaic.manager.recompress.parts import Reader
 
 MASKED, PLAIN = 0, 1
+DENSE = 0.7
+"""Share of coefficients other than zero from which a mask does not pay."""
 
 
 def parts(values: np.ndarray, ends: Sequence[int]) -> Iterator[np.ndarray]:
@@ -27,7 +29,7 @@ def parts(values: np.ndarray, ends: Sequence[int]) -> Iterator[np.ndarray]:
     high = []
     for stream in np.split(folded, ends[:-1]):
         mask = stream != 0
-        form = MASKED if 2 * np.count_nonzero(mask) < len(stream) else PLAIN
+        form = MASKED if np.count_nonzero(mask) < DENSE * len(stream) else PLAIN
         if form == MASKED:
             stream = stream[mask] - 1
         yield np.array([form, *len(stream).to_bytes(4, "little")], np.uint8)

@@ -1,10 +1,10 @@
-"""Transform coding of pages: a cosine transform over the tokens of a page, principal components over heads and layers.
+"""Transform coding of pages: cosines over the tokens of a page, principal components over heads and layers.
 
-After KVTC (arXiv 2511.01815): RoPE undone, components over concatenated heads and layers, bits by reverse water-filling,
-entropy coding. Bits are not allotted here but follow from one step for all coefficients, which is what reverse
-water-filling comes to once an entropy coder knows their spreads. The cosine transform over tokens is ours: it codes the
-mean of a page precisely at the price of one coefficient a component, and an error that all tokens of a page share does
-more harm than its square says (docs/manager.md has what each part is worth).
+After KVTC (arXiv 2511.01815): RoPE undone, components over concatenated heads and layers, bits by reverse
+water-filling, entropy coding. Bits are not allotted here but follow from one step for all coefficients, which is what
+reverse water-filling comes to once an entropy coder knows their spreads. The cosines over tokens are ours: they code
+the mean of a page precisely at the price of one coefficient a component, and an error that all tokens of a page share
+does more harm than its square says (docs/manager.md has what each part is worth).
 """
 
 from __future__ import annotations

@@ -137,9 +137,7 @@ class FrameValues:
             self._put_exceptions(frame, s, int(numbers[s]), k[s], v[s])
         return frame
 
-    def _exceptions(
-        self, frame: np.ndarray, s: int, number: int
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def _exceptions(self, frame: np.ndarray, s: int, number: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Views of a segment's exceptions: tokens uint8 [n], and the bytes of K [n, 2 Dk] and V [n, 2 Dv]."""
         segment = self._layout.segments[s]
         fmt = segment.formats[number]

@@ -22,7 +22,7 @@ from sglang_mosaic.wire.messages import KEY_BYTES, RecordKind
 
 LAYOUT = "v1"
 """Folder of this layout of files; others are left alone."""
-KINDS = {RecordKind.PAGE: "pages", RecordKind.EPOCH: "epochs"}
+KINDS = {RecordKind.PAGE: "pages", RecordKind.EPOCH: "epochs", RecordKind.TRANSFORM: "transforms"}
 LOW_WATER = 0.9
 """Share of the limit that deleting goes down to, so that it does not have to look at all files for every write."""
 ABANDONED_S = 600.0
@@ -101,11 +101,17 @@ class DirectoryTier:
             self._files = files
             self._total = sum(file.nbytes for file in files.values())
 
-    def write(self, record: Record) -> bool:
-        """Write a record; False: it is too large or the system refuses, and nothing changed."""
+    def write(self, record: Record, keep_age: bool = False) -> bool:
+        """Write a record; False: it is too large or the system refuses, and nothing changed.
+
+        Args:
+            keep_age: a file that it replaces lends it the time of its last use.
+        """
         if record.nbytes > self.limit_bytes * LOW_WATER or record.meta.kind not in KINDS:
             return False
         target = self._path(record.id)
+        before = self._files.get(record.id)
+        used = before.used if keep_age and before is not None else time.time()
         self._temporaries += 1
         temporary = target.with_name(f"{target.name}.{os.getpid()}.{self._temporaries}")
         try:
@@ -115,6 +121,7 @@ class DirectoryTier:
                     file.write(record.to_bytes())
                     file.flush()
                     os.fsync(file.fileno())
+                os.utime(temporary, (used, used))
                 os.rename(temporary, target)
             except OSError:
                 _remove(temporary)
@@ -123,7 +130,7 @@ class DirectoryTier:
             return False
         self._forget(record.id, delete=False)
         with self._lock:
-            self._files[record.id] = _File(record.nbytes, time.time())
+            self._files[record.id] = _File(record.nbytes, used)
             self._total += record.nbytes
         self._make_room()
         return True

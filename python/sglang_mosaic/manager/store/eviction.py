@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import OrderedDict
+from collections.abc import Iterator
 
 from sglang_mosaic.manager.store.record import RecordId
 
@@ -18,6 +19,10 @@ class EvictionPolicy(ABC):
     @abstractmethod
     def forget(self, record: RecordId) -> None:
         """The record is gone; nothing happens if it was not there."""
+
+    @abstractmethod
+    def order(self) -> Iterator[RecordId]:
+        """All records, who goes first before the others."""
 
     @abstractmethod
     def victim(self) -> RecordId:
@@ -40,6 +45,9 @@ class LeastRecentlyUsed(EvictionPolicy):
 
     def forget(self, record: RecordId) -> None:
         self._order.pop(record, None)
+
+    def order(self) -> Iterator[RecordId]:
+        return iter(self._order)
 
     def victim(self) -> RecordId:
         for record in self._order:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from sglang_mosaic.manager.store.eviction import EvictionPolicy
 from sglang_mosaic.manager.store.record import Record, RecordId
 
@@ -61,6 +63,17 @@ class MemoryTier:
         self.restored_bytes += record.length
         self._policy.use(record.id)
         return evicted
+
+    def replace(self, record: Record) -> None:
+        """Put a smaller record in the place of one of the same id, which does not count as using it."""
+        before = self._records[record.id]
+        self._records[record.id] = record
+        self.nbytes += record.nbytes - before.nbytes
+        self.restored_bytes += record.length - before.length
+
+    def coldest_first(self) -> Iterator[Record]:
+        """All records, who goes first before the others."""
+        return (self._records[record] for record in self._policy.order())
 
     def remove(self, record: RecordId) -> None:
         """Drop a record; nothing happens if it is not here."""

@@ -12,10 +12,10 @@ from sglang_mosaic.errors import MosaicError
 from sglang_mosaic.wire.messages import KEY_BYTES, Meta, RecordKind
 
 MAGIC = b"SGLMOSAI"
-VERSION = 1
+VERSION = 2
 EPOCH_BYTES = 32
 """Room for the hash of an epoch."""
-_HEADER = struct.Struct(f"<8sHBBI{KEY_BYTES}s{EPOCH_BYTES}sQQQQ")
+_HEADER = struct.Struct(f"<8sHBBI{KEY_BYTES}s{EPOCH_BYTES}sqQQQQ")
 _CHECKSUM = struct.Struct("<Q")
 HEADER_BYTES = _HEADER.size + _CHECKSUM.size
 
@@ -34,6 +34,8 @@ class Form(enum.IntEnum):
     """The record's own bytes."""
     PACKED = 1
     """Entropy-coded (recompress/)."""
+    TRANSFORMED = 2
+    """Transform-coded (recompress/cold.py)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,6 +71,7 @@ class Record:
             meta.revision,
             self.key,
             meta.epoch.encode("ascii"),
+            meta.position,
             self.length,
             self.checksum,
             len(self.body),
@@ -88,9 +91,8 @@ class Record:
         header = data[: _HEADER.size]
         if _CHECKSUM.unpack_from(data, _HEADER.size)[0] != xxhash.xxh3_64_intdigest(header):
             raise CorruptRecord("the header does not match its checksum")
-        magic, version, kind, form, revision, key, epoch, length, checksum, body_length, body_checksum = _HEADER.unpack(
-            header
-        )
+        magic, version, kind, form, revision, key, epoch, position, *sizes = _HEADER.unpack(header)
+        length, checksum, body_length, body_checksum = sizes
         if (magic, version) != (MAGIC, VERSION):
             raise CorruptRecord(f"a record of another program or version: {magic!r} {version}")
         if (kind, key) != wanted:
@@ -99,7 +101,7 @@ class Record:
         if len(body) != body_length or xxhash.xxh3_64_intdigest(body) != body_checksum:
             raise CorruptRecord("the body does not match its checksum")
         try:
-            meta = Meta(RecordKind(kind), revision, epoch.rstrip(b"\0").decode("ascii"))
+            meta = Meta(RecordKind(kind), revision, epoch.rstrip(b"\0").decode("ascii"), position)
             return cls(key, meta, Form(form), length, checksum, body)
         except ValueError as error:
             raise CorruptRecord(str(error)) from error

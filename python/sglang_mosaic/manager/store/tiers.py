@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import threading
 from collections import deque
+from collections.abc import Callable
 from typing import NamedTuple
 
-from sglang_mosaic.manager.keys import epoch_key
+from sglang_mosaic.manager.keys import epoch_key, transform_key
 from sglang_mosaic.manager.store.directory import DirectoryTier
 from sglang_mosaic.manager.store.memory import MemoryTier
-from sglang_mosaic.manager.store.record import Record, RecordId
+from sglang_mosaic.manager.store.record import Form, Record, RecordId
 from sglang_mosaic.wire.messages import RecordKind
+
+SHORT = 0.75
+"""Share of the memory tier in use from which cold pages are made smaller still."""
 
 
 class Change(NamedTuple):
@@ -24,8 +28,8 @@ class Store:
     """Records by id. New ones go to memory; a background thread takes them from the backlog, compresses them, gives
     them back by `settle`, and so writes them to the directory.
 
-    An epoch counts as used whenever one of its pages is, just after it: it goes after the last of them. Safe to use
-    from two threads.
+    An epoch and its transform count as used whenever one of its pages is, just after it: they go after the last of
+    them. Safe to use from two threads.
 
     Args:
         memory: first tier.
@@ -44,6 +48,8 @@ class Store:
         self._parked: dict[str, list[Record]] = {}
         """Pages that came before their epoch, by its hash."""
         self._waiting = 0
+        self._left: set[RecordId] = set()
+        """Cold pages that do not become smaller."""
         self._changes: deque[Change] = deque()
 
     @property
@@ -128,8 +134,33 @@ class Store:
             if after is not before and self.memory.peek(before.id) is before:
                 self._remember(after)
         if self.directory is not None and self.directory.write(after):
-            self.directory.use((RecordKind.EPOCH, epoch_key(after.meta.epoch)))
+            for shared in _shared_by(after):
+                self.directory.use(shared)
             self._changes.append(Change(after.id, True))
+
+    def coldest(self, wanted: Callable[[Record], bool]) -> Record | None:
+        """When memory is short, the packed page that is next to leave it, of those that are wanted; None: not now."""
+        with self._lock:
+            if self.memory.nbytes <= SHORT * self.memory.limit_bytes:
+                return None
+            if len(self._left) > len(self.memory):
+                self._left.intersection_update(self.memory.ids())
+            for record in self.memory.coldest_first():
+                if record.form is Form.PACKED and record.id not in self._left and wanted(record):
+                    return record
+        return None
+
+    def settle_cold(self, before: Record, after: Record | None) -> None:
+        """What became of a cold page: it takes its place in all tiers, as old as before; None: nothing."""
+        with self._lock:
+            if after is None:
+                self._left.add(before.id)
+                return
+            if self.memory.peek(before.id) is not before:
+                return
+            self.memory.replace(after)
+        if self.directory is not None and before.id in self.directory:
+            self.directory.write(after, keep_age=True)
 
     def rescan(self) -> None:
         """Look at what other managers did to the directory."""
@@ -162,10 +193,9 @@ class Store:
         return True
 
     def _use_epoch(self, record: Record) -> None:
-        if record.meta.epoch:
-            epoch = RecordKind.EPOCH, epoch_key(record.meta.epoch)
-            if self.memory.get(epoch) is None and self.directory is not None and epoch in self.directory:
-                self.directory.use(epoch)
+        for shared in _shared_by(record):
+            if self.memory.get(shared) is None and self.directory is not None and shared in self.directory:
+                self.directory.use(shared)
 
     def _add_backlog(self, record: Record) -> None:
         self._forget_backlog(record.id)
@@ -174,3 +204,11 @@ class Store:
 
     def _forget_backlog(self, record: RecordId) -> None:
         self._waiting -= self._backlog.pop(record, 0)
+
+
+def _shared_by(page: Record) -> list[RecordId]:
+    """What a page cannot be read without."""
+    epoch = page.meta.epoch
+    if not epoch:
+        return []
+    return [(RecordKind.EPOCH, epoch_key(epoch)), (RecordKind.TRANSFORM, transform_key(epoch))]

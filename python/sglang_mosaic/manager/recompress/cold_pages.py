@@ -1,0 +1,123 @@
+"""Records of pages that stay cold: the transform of their epoch, learnt from its first pages, and what it codes."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import OrderedDict
+from collections.abc import Callable
+
+import numpy as np
+
+from sglang_mosaic.manager.recompress.cold import Planes, TransformCoding
+from sglang_mosaic.manager.recompress.groups import FrameError
+from sglang_mosaic.manager.recompress.rope import Rope
+from sglang_mosaic.manager.recompress.transform import Transform, calibrate
+from sglang_mosaic.manager.store.record import Form, Record
+from sglang_mosaic.wire.messages import RecordKind
+from sglang_mosaic.wire.slots import checksum
+
+SAMPLE = 64
+"""Pages that a transform is learnt from: 4,096 tokens for components over at most 1,024 channels."""
+EPOCHS = 4
+"""Epochs whose codecs, and whose samples, are kept."""
+
+Find = Callable[[str], bytes | None]
+
+
+class ColdPages:
+    """One transform for each epoch: the first that is found in the store, or else made here. A page names the one that
+    it was coded with; should two managers that share a directory have made one at the same time, the pages of the one
+    that lost are misses.
+
+    Args:
+        max_error: of TransformCoding.pack; 0: nothing is coded, but what is there is read.
+        rope: of the model.
+        epoch, transform: find bytes by the hash of an epoch; None: nobody knows them.
+    """
+
+    def __init__(self, max_error: float, rope: Rope, epoch: Find, transform: Find) -> None:
+        self._max_error = max_error
+        self._rope = rope
+        self._epoch = epoch
+        self._transform = transform
+        self._codecs: OrderedDict[str, TransformCoding] = OrderedDict()
+        self._samples: OrderedDict[str, list[tuple[np.ndarray, int]]] = OrderedDict()
+
+    def learn(self, record: Record) -> bytes | None:
+        """See a page as it came from the server. Most calls copy it at most; one takes seconds.
+
+        Returns:
+            The epoch's transform, when this page completes the sample.
+
+        Raises:
+            FrameError: the record is no frame of its epoch.
+        """
+        epoch = record.meta.epoch
+        if not self._max_error or not self._can_place(record) or self._codec(epoch) is not None:
+            return None
+        sample = self._samples.setdefault(epoch, [])
+        while len(self._samples) > EPOCHS:
+            self._samples.popitem(last=False)
+        sample.append((np.frombuffer(record.body, np.uint8), record.meta.position))
+        if len(sample) < SAMPLE:
+            return None
+        del self._samples[epoch]
+        planes = self._planes(epoch)
+        if planes is None:
+            return None
+        made = calibrate(lambda: (planes.rows(*page) for page in sample)).to_bytes()
+        # Another manager may have been faster.
+        return made if self._transform(epoch) is None else None
+
+    def can_code(self, record: Record) -> bool:
+        """Whether the record is a page whose transform is known."""
+        return bool(self._max_error) and self._can_place(record) and self._codec(record.meta.epoch) is not None
+
+    def compress(self, record: Record, frame: bytes) -> Record | None:
+        """A smaller record, verified by restoring it; None: the limit allows none.
+
+        Args:
+            frame: what the record restores to.
+
+        Raises:
+            FrameError: the record is no frame of its epoch.
+        """
+        codec = self._codec(record.meta.epoch)
+        if codec is None:
+            return None
+        packed = codec.pack(np.frombuffer(frame, np.uint8), record.meta.position, self._max_error)
+        if packed is None or len(packed.data) >= len(record.body):
+            return None
+        if not np.array_equal(codec.unpack(packed.data, record.meta.position), packed.frame):
+            raise FrameError("a transform-coded page does not restore to what it said")
+        made = packed.frame.tobytes()
+        return dataclasses.replace(
+            record, form=Form.TRANSFORMED, body=packed.data, length=len(made), checksum=checksum(record.key, made)
+        )
+
+    def restore(self, record: Record) -> bytes:
+        """The frame that the record was verified with, unless this is another kind of machine.
+
+        Raises:
+            FrameError: it cannot be had.
+        """
+        codec = self._codec(record.meta.epoch)
+        if codec is None:
+            raise FrameError(f"the transform of epoch {record.meta.epoch!r} is unknown")
+        return codec.unpack(record.body, record.meta.position).tobytes()
+
+    def _can_place(self, record: Record) -> bool:
+        known = record.meta.position >= 0 or not self._rope.channels
+        return record.meta.kind is RecordKind.PAGE and bool(record.meta.epoch) and known
+
+    def _codec(self, epoch: str) -> TransformCoding | None:
+        codec = self._codecs.get(epoch)
+        if codec is None and (data := self._transform(epoch)) is not None and (planes := self._planes(epoch)):
+            codec = self._codecs[epoch] = TransformCoding(planes, Transform.from_bytes(data))
+            while len(self._codecs) > EPOCHS:
+                self._codecs.popitem(last=False)
+        return codec
+
+    def _planes(self, epoch: str) -> Planes | None:
+        data = self._epoch(epoch)
+        return None if data is None else Planes.of(data, self._rope)
