@@ -9,7 +9,8 @@ from benchmark.codec.capture import Captured, Layer
 from benchmark.manager import run
 from benchmark.manager.frames import RealFrames, encode
 from benchmark.manager.latency import measure_latency
-from benchmark.manager.recompression import layout_of, measure_compressors, measure_limits
+from benchmark.manager.recompression import layout_of, measure_cold, measure_compressors, measure_limits
+from sglang_mosaic.manager.recompress.rope import Rope
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +41,13 @@ def test_limits_and_compressors(real: RealFrames) -> None:
     raw, exact, coarse = rows
     assert raw["ratio"] < exact["ratio"] < coarse["ratio"]
     assert raw["error"] == exact["error"] < coarse["error"]
+    sample = [(frame, real.position(page)) for page, frame in enumerate(real.frames)]
+    cold, transform = measure_cold(real, [0.01, 0.6], Rope([0.5] * 16), sample)
+    assert (cold[0]["ratio"], cold[0]["error"]) == (raw["ratio"], raw["error"])  # over the limit already
+    assert cold[1]["ratio"] > exact["ratio"]
+    assert raw["error"] < cold[1]["error"] < 0.7
+    assert transform["pages"] == 7
+    rows += cold
     compressors, missing = measure_compressors(real, layout, 3)
     assert {row["bytes"] for row in compressors} == {"as they are", "by planes"}
     assert all(0 < row["of_raw"] < 1.1 for row in compressors)

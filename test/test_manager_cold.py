@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from manager_cases import DIM, answer, frames, manager_metric, page_error, put, until, waves
 from sglang_mosaic.manager.client import Lookup, Status
 from sglang_mosaic.manager.in_process import InProcessClient
+from sglang_mosaic.manager.keys import transform_key
 from sglang_mosaic.manager.options import ManagerOptions
 from sglang_mosaic.manager.recompress import cold_pages, symbols
 from sglang_mosaic.manager.recompress.cold import Planes, TransformCoding
@@ -22,7 +23,9 @@ from sglang_mosaic.manager.recompress.groups import FrameError
 from sglang_mosaic.manager.recompress.parts import Reader, join
 from sglang_mosaic.manager.recompress.rope import Rope
 from sglang_mosaic.manager.recompress.transform import Transform, calibrate
-from sglang_mosaic.wire.messages import Meta
+from sglang_mosaic.manager.store.record import Form, Record
+from sglang_mosaic.wire.messages import Meta, RecordKind
+from sglang_mosaic.wire.slots import checksum
 
 FREQUENCIES = tuple((1e4 ** -(np.arange(DIM // 2) / (DIM // 2))).tolist())
 LIMIT = 0.5
@@ -253,6 +256,20 @@ def test_a_page_of_another_transform_is_a_miss(tmp_path: Path, few_samples: None
     client = InProcessClient(options(tmp_path))
     assert answer(client, client.fetch(case.keys[0])).status is Status.MISS
     assert client.lookup(case.keys[0]) is Lookup.MISS
+    client.close()
+
+
+def test_a_damaged_transform_harms_nobody(tmp_path: Path, few_samples: None) -> None:
+    case = frames()
+    client = InProcessClient(options(tmp_path, disk=None))
+    store, body = client._service.store, b"nonsense"
+    key = transform_key(case.epoch.hash)
+    store.put(Record(key, Meta(RecordKind.TRANSFORM), Form.RAW, len(body), checksum(key, body), body))
+    fill(client, 12)
+    for _ in range(40):
+        client.poll()
+    assert manager_metric(client, "transformed") == 0
+    assert answer(client, client.fetch(case.keys[3])).data == case.frames[3]
     client.close()
 
 

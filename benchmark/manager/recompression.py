@@ -80,7 +80,7 @@ def _measure(
     unpack: Callable[[bytes, int], np.ndarray],
 ) -> dict[str, Any]:
     pack_s, unpack_s, packed, restored = [], [], [], []
-    for page, frame in enumerate(real.frames):
+    for page in range(len(real.frames)):
         start = time.perf_counter()
         result = pack(page)
         between = time.perf_counter()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections import OrderedDict
 from collections.abc import Callable
+from typing import TypeVar
 
 import numpy as np
 
@@ -22,6 +23,7 @@ EPOCHS = 4
 """Epochs whose codecs, and whose samples, are kept."""
 
 Find = Callable[[str], bytes | None]
+_T = TypeVar("_T")
 
 
 class ColdPages:
@@ -41,6 +43,7 @@ class ColdPages:
         self._epoch = epoch
         self._transform = transform
         self._codecs: OrderedDict[str, TransformCoding] = OrderedDict()
+        self._known: OrderedDict[str, Planes] = OrderedDict()
         self._samples: OrderedDict[str, list[tuple[np.ndarray, int]]] = OrderedDict()
 
     def learn(self, record: Record) -> bytes | None:
@@ -48,23 +51,21 @@ class ColdPages:
 
         Returns:
             The epoch's transform, when this page completes the sample.
-
-        Raises:
-            FrameError: the record is no frame of its epoch.
         """
         epoch = record.meta.epoch
         if not self._max_error or not self._can_place(record) or self._codec(epoch) is not None:
             return None
-        sample = self._samples.setdefault(epoch, [])
-        while len(self._samples) > EPOCHS:
-            self._samples.popitem(last=False)
-        sample.append((np.frombuffer(record.body, np.uint8), record.meta.position))
+        planes = self._planes(epoch)
+        page = np.frombuffer(record.body, np.uint8), record.meta.position
+        if planes is None or not _usable(planes, *page):
+            return None
+        if epoch not in self._samples:
+            _keep(self._samples, epoch, [])
+        sample = self._samples[epoch]
+        sample.append(page)
         if len(sample) < SAMPLE:
             return None
         del self._samples[epoch]
-        planes = self._planes(epoch)
-        if planes is None:
-            return None
         made = calibrate(lambda: (planes.rows(*page) for page in sample)).to_bytes()
         # Another manager may have been faster.
         return made if self._transform(epoch) is None else None
@@ -113,11 +114,33 @@ class ColdPages:
     def _codec(self, epoch: str) -> TransformCoding | None:
         codec = self._codecs.get(epoch)
         if codec is None and (data := self._transform(epoch)) is not None and (planes := self._planes(epoch)):
-            codec = self._codecs[epoch] = TransformCoding(planes, Transform.from_bytes(data))
-            while len(self._codecs) > EPOCHS:
-                self._codecs.popitem(last=False)
+            try:
+                codec = TransformCoding(planes, Transform.from_bytes(data))
+            except FrameError:
+                return None
+            _keep(self._codecs, epoch, codec)
         return codec
 
     def _planes(self, epoch: str) -> Planes | None:
-        data = self._epoch(epoch)
-        return None if data is None else Planes.of(data, self._rope)
+        planes = self._known.get(epoch)
+        if planes is None and (data := self._epoch(epoch)) is not None:
+            try:
+                planes = Planes.of(data, self._rope)
+            except FrameError:
+                return None
+            _keep(self._known, epoch, planes)
+        return planes
+
+
+def _keep(kept: OrderedDict[str, _T], epoch: str, thing: _T) -> None:
+    kept[epoch] = thing
+    while len(kept) > EPOCHS:
+        kept.popitem(last=False)
+
+
+def _usable(planes: Planes, frame: np.ndarray, position: int) -> bool:
+    """Whether a page can be learnt from: of bit planes alone, and finite."""
+    try:
+        return all(np.isfinite(x).all() for x in planes.rows(frame, position))
+    except FrameError:
+        return False

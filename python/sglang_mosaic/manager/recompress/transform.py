@@ -62,7 +62,11 @@ class Transform:
         self.order = np.argsort(-grades, kind="stable").astype(np.int32)
         """Coefficients by falling spread, stable."""
         self._sorted = -grades[self.order]
-        self.digest = hashlib.blake2b(self.to_bytes(), digest_size=8).digest()
+        digest = hashlib.blake2b(digest_size=8)
+        for name, array in self._arrays().items():
+            digest.update(f"{name} {array.shape}".encode())
+            digest.update(np.ascontiguousarray(array))
+        self.digest = digest.digest()
         """Names the transform: what was coded with another one cannot be read."""
 
     @property
@@ -113,6 +117,11 @@ class Transform:
 
     def to_bytes(self) -> bytes:
         """All of it. Directions in float16: what that loses is far below a step."""
+        file = io.BytesIO()
+        np.savez(file, **self._arrays())
+        return file.getvalue()
+
+    def _arrays(self) -> dict[str, np.ndarray]:
         arrays = {}
         for name, tensor in zip("kv", self._parts, strict=True):
             for i, part in enumerate(tensor):
@@ -120,9 +129,7 @@ class Transform:
                 arrays[f"{name}{i}.mean"] = part.mean
                 arrays[f"{name}{i}.directions"] = part.directions.astype(np.float16)
                 arrays[f"{name}{i}.grades"] = part.grades
-        file = io.BytesIO()
-        np.savez(file, **arrays)
-        return file.getvalue()
+        return arrays
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Transform:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 from sglang_mosaic.manager.store.eviction import EvictionPolicy
 from sglang_mosaic.manager.store.record import Record, RecordId
 
@@ -71,9 +69,9 @@ class MemoryTier:
         self.nbytes += record.nbytes - before.nbytes
         self.restored_bytes += record.length - before.length
 
-    def coldest_first(self) -> Iterator[Record]:
+    def coldest_first(self) -> list[Record]:
         """All records, who goes first before the others."""
-        return (self._records[record] for record in self._policy.order())
+        return [self._records[record] for record in self._policy.order()]
 
     def remove(self, record: RecordId) -> None:
         """Drop a record; nothing happens if it is not here."""
