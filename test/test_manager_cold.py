@@ -18,7 +18,7 @@ from sglang_mosaic.manager.in_process import InProcessClient
 from sglang_mosaic.manager.keys import transform_key
 from sglang_mosaic.manager.options import ManagerOptions
 from sglang_mosaic.manager.recompress import cold_pages, symbols
-from sglang_mosaic.manager.recompress.cold import Planes, TransformCoding
+from sglang_mosaic.manager.recompress.cold import FrameRows, TransformCoding
 from sglang_mosaic.manager.recompress.groups import FrameError
 from sglang_mosaic.manager.recompress.parts import Reader, join
 from sglang_mosaic.manager.recompress.rope import Rope
@@ -36,8 +36,8 @@ def array(frame: bytes) -> np.ndarray:
 
 
 @functools.cache
-def planes(ratio: float = 3.0) -> Planes:
-    return Planes.of(frames(ratio).epoch_bytes, Rope(FREQUENCIES))
+def planes(ratio: float = 3.0) -> FrameRows:
+    return FrameRows.of(frames(ratio).epoch_bytes, Rope(FREQUENCIES))
 
 
 @functools.cache

@@ -18,7 +18,7 @@ from benchmark.common.stats import percentile
 from benchmark.manager.frames import RealFrames
 from sglang_mosaic.codec.storage import epoch_to_bytes
 from sglang_mosaic.manager.recompress.base import Packed
-from sglang_mosaic.manager.recompress.cold import Planes, TransformCoding
+from sglang_mosaic.manager.recompress.cold import FrameRows, TransformCoding
 from sglang_mosaic.manager.recompress.groups import FrameLayout
 from sglang_mosaic.manager.recompress.planes import PlanesPacking
 from sglang_mosaic.manager.recompress.rope import Rope
@@ -47,7 +47,7 @@ def measure_cold(
 ) -> tuple[list[dict[str, Any]], dict[str, float]]:
     """A row for every error limit of transform coding, and what its transform takes; it is learnt from `sample`, frames
     of other texts with their positions."""
-    planes = Planes.of(epoch_to_bytes(real.epoch), rope)
+    planes = FrameRows.of(epoch_to_bytes(real.epoch), rope)
     start = time.perf_counter()
     transform = calibrate(lambda: (planes.rows(*page) for page in sample))
     learning_s = time.perf_counter() - start

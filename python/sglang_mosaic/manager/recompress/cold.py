@@ -27,7 +27,7 @@ RETRIES = 3
 _HEAD = struct.Struct("<8sh")
 
 
-class Planes(NamedTuple):
+class FrameRows(NamedTuple):
     """Frames of one epoch as weighted rows, and back. Pure."""
 
     layout: FrameLayout
@@ -35,7 +35,7 @@ class Planes(NamedTuple):
     bases: WeightedBases
 
     @classmethod
-    def of(cls, epoch: bytes, rope: Rope) -> Planes:
+    def of(cls, epoch: bytes, rope: Rope) -> FrameRows:
         """
         Raises:
             FrameError: it is no epoch, or not one of equal heads.
@@ -65,11 +65,11 @@ class TransformCoding:
         FrameError: the transform is for other pages.
     """
 
-    def __init__(self, planes: Planes, transform: Transform) -> None:
-        values = planes.values
-        if transform.shape != (len(planes.layout.segments), values.tokens, values.k_dim, values.v_dim):
+    def __init__(self, frames: FrameRows, transform: Transform) -> None:
+        values = frames.values
+        if transform.shape != (len(frames.layout.segments), values.tokens, values.k_dim, values.v_dim):
             raise FrameError("a transform of other pages")
-        self._planes = planes
+        self._frames = frames
         self._transform = transform
 
     def pack(self, frame: np.ndarray, position: int, max_error: float) -> Packed | None:
@@ -85,20 +85,18 @@ class TransformCoding:
         Raises:
             FrameError: the frame is not of this epoch, or not of bit planes.
         """
-        numbers = self._planes.layout.numbers(frame)
-        made = self._planes.layout.errors(frame).astype(np.float64) ** 2
-        rows = self._planes.rows(frame, position)
+        numbers = self._frames.layout.numbers(frame)
+        made = self._frames.layout.errors(frame).astype(np.float64) ** 2
+        rows = self._frames.rows(frame, position)
         # What writing a frame loses by itself.
-        again = self._planes.frame(rows, position, numbers, np.zeros(len(numbers), np.float32))
+        again = self._frames.frame(rows, position, numbers, np.zeros(len(numbers), np.float32))
         room = max_error**2 - made.mean() - self._distances(rows, again, position).mean()
         if not room > 0:
             return None
-        step = self._coarsest(rows, room)
-        for finer in range(RETRIES + 1):
-            if step is None or step - finer < FINEST:
-                return None
-            packed = self._pack(rows, position, step - finer, numbers, made)
-            errors = self._planes.layout.errors(packed.frame)
+        coarsest = self._coarsest(rows, room)
+        for step in range(coarsest, max(coarsest - RETRIES, FINEST) - 1, -1):
+            packed = self._pack(rows, position, step, numbers, made)
+            errors = self._frames.layout.errors(packed.frame)
             if np.sqrt(np.square(errors.astype(np.float64)).mean()) <= max_error:
                 return packed
         return None
@@ -115,13 +113,13 @@ class TransformCoding:
             raise FrameError("a page of another transform")
         if not FINEST <= step <= COARSEST:
             raise FrameError(f"a step of {step}")
-        segments = len(self._planes.layout.segments)
+        segments = len(self._frames.layout.segments)
         numbers = reader.take(segments)
-        self._planes.layout.check(numbers)
+        self._frames.layout.check(numbers)
         errors = reader.take(2 * segments).view(np.float16).astype(np.float32)
         codes = symbols.read(reader, self._transform.streams(step).tolist())
         reader.end()
-        return self._planes.frame(self._rows(codes, step), position, numbers, errors)
+        return self._frames.frame(self._rows(codes, step), position, numbers, errors)
 
     def _pack(self, rows: Rows, position: int, step: int, numbers: np.ndarray, made: np.ndarray) -> Packed:
         transform = self._transform
@@ -129,9 +127,9 @@ class TransformCoding:
         codes = quantise(transform.forward(rows)[transform.order[: ends[-1]]], step)
         codes = codes.clip(-(1 << 14), 1 << 14)
         restored = self._rows(codes, step)
-        frame = self._planes.frame(restored, position, numbers, np.zeros(len(numbers), np.float32))
+        frame = self._frames.frame(restored, position, numbers, np.zeros(len(numbers), np.float32))
         errors = np.sqrt(made + self._distances(rows, frame, position)).astype(np.float16)
-        self._planes.layout.put_errors(frame, errors.astype(np.float32))
+        self._frames.layout.put_errors(frame, errors.astype(np.float32))
         head = np.frombuffer(_HEAD.pack(transform.digest, step), np.uint8)
         return Packed(join((head, numbers, errors, *symbols.parts(codes, ends.tolist()))), frame)
 
@@ -140,8 +138,8 @@ class TransformCoding:
         coefficients[self._transform.order[: len(codes)]] = codes * np.float32(step_size(step))
         return self._transform.inverse(coefficients)
 
-    def _coarsest(self, rows: Rows, room: float) -> int | None:
-        """The step that leaves the most error within `room`, a mean over segments; None: not even the finest."""
+    def _coarsest(self, rows: Rows, room: float) -> int:
+        """The step that leaves the most error within `room`, a mean over segments; below FINEST: none does."""
         transform = self._transform
         coefficients = transform.forward(rows)
         left_out = self._distance(rows, transform.inverse(coefficients)).mean()
@@ -156,11 +154,11 @@ class TransformCoding:
                 low = middle
             else:
                 high = middle - 1
-        return low if low >= FINEST else None
+        return low
 
     def _distances(self, rows: Rows, frame: np.ndarray, position: int) -> np.ndarray:
         """Weighted squared distance of every segment of a page to that of a frame, float64 [S]."""
-        return self._distance(rows, self._planes.rows(frame, position))
+        return self._distance(rows, self._frames.rows(frame, position))
 
     @staticmethod
     def _distance(rows: Rows, others: Rows) -> np.ndarray:

@@ -9,7 +9,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from sglang_mosaic.manager.recompress.cold import Planes, TransformCoding
+from sglang_mosaic.manager.recompress.cold import FrameRows, TransformCoding
 from sglang_mosaic.manager.recompress.groups import FrameError
 from sglang_mosaic.manager.recompress.rope import Rope
 from sglang_mosaic.manager.recompress.transform import Transform, calibrate
@@ -43,7 +43,7 @@ class ColdPages:
         self._epoch = epoch
         self._transform = transform
         self._codecs: OrderedDict[str, TransformCoding] = OrderedDict()
-        self._known: OrderedDict[str, Planes] = OrderedDict()
+        self._known: OrderedDict[str, FrameRows] = OrderedDict()
         self._samples: OrderedDict[str, list[tuple[np.ndarray, int]]] = OrderedDict()
 
     def learn(self, record: Record) -> bytes | None:
@@ -121,11 +121,11 @@ class ColdPages:
             _keep(self._codecs, epoch, codec)
         return codec
 
-    def _planes(self, epoch: str) -> Planes | None:
+    def _planes(self, epoch: str) -> FrameRows | None:
         planes = self._known.get(epoch)
         if planes is None and (data := self._epoch(epoch)) is not None:
             try:
-                planes = Planes.of(data, self._rope)
+                planes = FrameRows.of(data, self._rope)
             except FrameError:
                 return None
             _keep(self._known, epoch, planes)
@@ -138,7 +138,7 @@ def _keep(kept: OrderedDict[str, _T], epoch: str, thing: _T) -> None:
         kept.popitem(last=False)
 
 
-def _usable(planes: Planes, frame: np.ndarray, position: int) -> bool:
+def _usable(planes: FrameRows, frame: np.ndarray, position: int) -> bool:
     """Whether a page can be learnt from: of bit planes alone, and finite."""
     try:
         return all(np.isfinite(x).all() for x in planes.rows(frame, position))
