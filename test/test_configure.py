@@ -37,6 +37,8 @@ def test_child_processes_see_what_was_configured():
         ("calibration_pages", 0),
         ("host_gb", -1),
         ("host_max_error", 1.0),
+        ("cold_max_error", 1.0),
+        ("cold_max_error", -0.1),
         ("disk_gb", 0),
         ("restore_from", 0),
     ],
@@ -51,6 +53,7 @@ def test_a_bad_value_is_named_with_its_flag(field, value):
     [
         ({"disk": "/somewhere"}, "--mosaic-disk"),
         ({"host_max_error": 0.1}, "--mosaic-host-max-error"),
+        ({"cold_max_error": 0.1}, "--mosaic-cold-max-error"),
         ({"host_gb": 1, "encode": "off"}, "--mosaic-host-gb"),
         ({"host_gb": 1, "codec": "int8"}, "--mosaic-host-gb"),
     ],
@@ -58,6 +61,14 @@ def test_a_bad_value_is_named_with_its_flag(field, value):
 def test_a_host_tier_without_what_it_needs_is_refused(fields, flag):
     with pytest.raises(ConfigError, match=rf"{flag}: got .*, which needs --mosaic-"):
         sglang_mosaic.configure(**fields)
+
+
+def test_cold_pages_have_a_limit_of_their_own():
+    with pytest.raises(
+        ConfigError, match="got 0.2, give a share above --mosaic-host-max-error"
+    ):
+        sglang_mosaic.configure(host_gb=1, host_max_error=0.2, cold_max_error=0.2)
+    sglang_mosaic.configure(host_gb=1, host_max_error=0.2, cold_max_error=0.3)
 
 
 def test_a_foreign_environment_variable_is_refused(monkeypatch):

@@ -9,6 +9,7 @@ import torch
 
 from sglang_mosaic.cache.dense_bytes import dense_bytes, host_bytes, write_dense_bytes
 from sglang_mosaic.cache.host_copies import HostCopies
+from sglang_mosaic.cache.host_page import Label
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -28,7 +29,7 @@ def test_copies_hold_what_rows_held_when_they_were_started():
     wanted = []
     for turn in range(1, 6):
         slab.fill_(turn)
-        copies.start([(b"%d" % turn, "epoch")], slab[:4].clone()[:1])
+        copies.start([Label(b"%d" % turn, "epoch", 64)], slab[:4].clone()[:1])
         slab.fill_(255)  # the next forward
         wanted.append((b"%d" % turn, turn))
     pages = finished(copies, 5)
@@ -51,7 +52,7 @@ def test_dense_frames_come_back_bit_for_bit(dtype: torch.dtype, dims: tuple[int,
     for x in (*k, *v):
         x.view(-1, 64, *x.shape[1:])[frames] = 0
     copies = HostCopies()
-    copies.start([(b"a", ""), (b"b", "")], data)
+    copies.start([Label(b"a", "", 0), Label(b"b", "", 64)], data)
     rows = torch.stack([host_bytes(page.data) for _, page in finished(copies, 2)]).to(DEVICE)
     write_dense_bytes(k, v, frames, rows)
     for x, y in zip((*k, *v), before, strict=True):

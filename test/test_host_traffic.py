@@ -78,7 +78,7 @@ def test_pages_come_back_as_they_were(encoded: bool) -> None:
 
     keys = page_keys(namespace("test"), range(len(wanted) * PAGE_SIZE))
     memory.free(wanted)
-    memory.host.evicted(wanted, keys)
+    memory.host.evicted(wanted, keys, 0)
     # Their frames are others' at once, and the forward writes to these.
     memory.allocate([9, 10, 11], sinks=[])
     memory.begin_forward()
@@ -96,6 +96,7 @@ def test_pages_come_back_as_they_were(encoded: bool) -> None:
         tier.poll()
         found += tier.restores.take("request")
     assert [bool(page.epoch) for page in found] == [False, *[True] * (len(wanted) - 1)]
+    assert [page.position for page in found] == [PAGE_SIZE * i for i in range(len(wanted))]
     assert memory.host.valid(found) == len(found) and memory.host.missing_frames(found) == 0
 
     memory.free([9, 10, 11])

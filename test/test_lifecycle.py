@@ -131,10 +131,10 @@ def test_copies_read_frames_before_anybody_writes_to_them():
     pages.restore_dense(3, b"", sink=True)  # into the dense frame that the encoding reads
     assert pages.frame[3] == encoding.dense_frame
     pages.free([page])
-    pages.copy_out(page, b"key", lambda frame: None)
+    pages.copy_out(page, b"key", 128, lambda frame: None)
     operations = pages.take_updates().operations
     assert [type(operation) for operation in operations] == [Copy, Restore]
-    assert operations[0].frame == encoding.dense_frame
+    assert operations[0].frame == encoding.dense_frame and operations[0].position == 128
     audit_frames(pages)
 
 
@@ -143,7 +143,7 @@ def test_a_page_that_came_back_and_goes_again_is_not_copied():
     pages.take_updates()
     pages.restore_mosaic(1, b"bytes")
     pages.free([1])
-    pages.copy_out(1, b"key", lambda frame: None)
+    pages.copy_out(1, b"key", 0, lambda frame: None)
     assert pages.take_updates().operations == [] and pages.counters.copied == 0
     audit_frames(pages)
 
@@ -153,7 +153,7 @@ def test_a_sink_is_copied_as_it_is_and_other_dense_pages_encoded():
     sealed(pages, [1, 2], sinks=[1])
     pages.free([1, 2])
     for page in (1, 2):
-        pages.copy_out(page, b"key", lambda frame: None)
+        pages.copy_out(page, b"key", 0, lambda frame: None)
     assert [operation.exact for operation in pages.take_updates().operations] == [True, False]
 
 
@@ -162,5 +162,5 @@ def test_a_page_that_is_in_use_again_is_not_copied():
     sealed(pages, [1])
     pages.free([1])
     pages.allocate([1])
-    pages.copy_out(1, b"key", lambda frame: None)
+    pages.copy_out(1, b"key", 0, lambda frame: None)
     assert pages.take_updates().operations == []

@@ -59,6 +59,8 @@ class MosaicConfig:
     host_max_error: float = 0.0
     """Relative error of the attention output that pages on the host may be expected to make, what they make already
     included; 0: nothing is lost there."""
+    cold_max_error: float = 0.0
+    """The same of the pages that are next to leave the host, which are made smaller still; 0: they are not."""
     disk: str | None = None
     """Directory that pages on the host are written to; they survive the server, and other servers find them."""
     disk_gb: float = 10.0
@@ -115,12 +117,17 @@ class MosaicConfig:
             raise ConfigError(f"--mosaic-host-gb: got {self.host_gb}, give a number of GiB, or 0 for none.")
         if not 0.0 <= self.host_max_error < 1.0:
             raise ConfigError(f"--mosaic-host-max-error: got {self.host_max_error}, give a share from 0 to below 1.")
+        if self.cold_max_error and not self.host_max_error < self.cold_max_error < 1.0:
+            raise ConfigError(
+                f"--mosaic-cold-max-error: got {self.cold_max_error}, give a share above --mosaic-host-max-error "
+                f"({self.host_max_error}) and below 1, or 0 for none."
+            )
         if not self.disk_gb > 0:
             raise ConfigError(f"--mosaic-disk-gb: got {self.disk_gb}, give a positive number of GiB.")
         if self.restore_from < 1:
             raise ConfigError(f"--mosaic-restore-from: got {self.restore_from}, give a number of tokens from 1 on.")
         if not self.host_gb:
-            for name, off in (("disk", None), ("host_max_error", 0.0)):
+            for name, off in (("disk", None), ("host_max_error", 0.0), ("cold_max_error", 0.0)):
                 if getattr(self, name) != off:
                     flag = f"--mosaic-{name.replace('_', '-')}"
                     raise ConfigError(f"{flag}: got {getattr(self, name)!r}, which needs --mosaic-host-gb.")

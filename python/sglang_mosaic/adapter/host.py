@@ -14,6 +14,7 @@ from typing import Any
 from mosaic_kernels.segment import REVISION
 from sglang_mosaic.adapter.arguments import selects_mosaic
 from sglang_mosaic.adapter.restoring import RestoringPays
+from sglang_mosaic.adapter.rope import RopeOfModel, rope_of
 from sglang_mosaic.cache.host_tier import HostTier
 from sglang_mosaic.cache.memory import PageMemory
 from sglang_mosaic.config import MosaicConfig
@@ -36,7 +37,7 @@ BUSY_SLEEP_S = 0.001
 """Sleep of an idle scheduler while pages are on their way."""
 
 
-def manager_options(config: MosaicConfig, frame_bytes: FrameBytes) -> ManagerOptions:
+def manager_options(config: MosaicConfig, frame_bytes: FrameBytes, rope: RopeOfModel) -> ManagerOptions:
     """Options of the manager of one rank."""
     host_bytes = int(config.host_gb * GIB)
     return ManagerOptions(
@@ -45,6 +46,9 @@ def manager_options(config: MosaicConfig, frame_bytes: FrameBytes) -> ManagerOpt
         host_bytes=host_bytes,
         host_raw_bytes=0 if config.disk else host_bytes // RAW_SHARE,
         host_max_error=config.host_max_error,
+        cold_max_error=config.cold_max_error,
+        rope_frequencies=rope.frequencies,
+        rope_interleaved=rope.interleaved,
         disk=config.disk,
         disk_bytes=int(config.disk_gb * GIB),
     )
@@ -59,7 +63,9 @@ def connect(scheduler: Any, memory: PageMemory) -> None:
     config = memory.config
     if not config.host_gb:
         return
-    options = manager_options(config, memory.plan.frame_bytes)
+    # Only cold pages need to know; computing it takes a table of all positions.
+    rope = rope_of(scheduler.tp_worker.model_runner.model) if config.cold_max_error else RopeOfModel()
+    options = manager_options(config, memory.plan.frame_bytes, rope)
     try:
         client = ZmqClient(options)
     except ConfigError as error:

@@ -63,7 +63,8 @@ class MosaicRadixCache(RadixCache):
     def _delete_leaf(self, node: TreeNode) -> None:
         # Its pages were freed just now, and their frames are intact until the next forward.
         if self._identity:
-            self._memory.host.evicted((node.value[::PAGE_SIZE] // PAGE_SIZE).tolist(), self._keys(node))
+            pages = (node.value[::PAGE_SIZE] // PAGE_SIZE).tolist()
+            self._memory.host.evicted(pages, self._keys(node), self._position(node))
         super()._delete_leaf(node)
 
     def _split_node(self, key: RadixKey, child: TreeNode, split_len: int) -> TreeNode:
@@ -83,6 +84,13 @@ class MosaicRadixCache(RadixCache):
         for node in reversed(unknown):
             node.page_keys = self._keys_below(node.parent, node.key.raw_token_ids(), node.key.extra_key)
         return node.page_keys
+
+    def _position(self, node: TreeNode) -> int:
+        """Tokens before a node's."""
+        position = 0
+        while (node := node.parent) is not None:
+            position += len(node.key)
+        return position
 
     def _keys_below(self, node: TreeNode, tokens: Any, extra_key: str | None) -> list[bytes]:
         """Keys of the pages of tokens that follow those of a node."""

@@ -7,11 +7,11 @@ from typing import NamedTuple
 
 import torch
 
-from sglang_mosaic.cache.host_page import HostPage
+from sglang_mosaic.cache.host_page import HostPage, Label
 
 
 class _Batch(NamedTuple):
-    labels: list[tuple[bytes, str]]
+    labels: list[Label]
     rows: torch.Tensor
     """uint8 [pages, bytes], in host memory."""
     done: torch.cuda.Event | None
@@ -29,11 +29,11 @@ class HostCopies:
         """Bytes under way."""
         return sum(batch.rows.nbytes for batch in self._batches)
 
-    def start(self, labels: list[tuple[bytes, str]], rows: torch.Tensor) -> None:
+    def start(self, labels: list[Label], rows: torch.Tensor) -> None:
         """Copy rows, as of now in the current stream.
 
         Args:
-            labels: key and hash of the epoch of each page.
+            labels: of each page.
             rows: uint8 [pages, bytes]; nobody else writes to them.
         """
         done = None
@@ -56,6 +56,7 @@ class HostCopies:
             batch = self._batches.popleft()
             rows = batch.rows.numpy()
             pages += [
-                (key, HostPage(epoch, memoryview(row))) for (key, epoch), row in zip(batch.labels, rows, strict=True)
+                (label.key, HostPage(label.epoch, memoryview(row), label.position))
+                for label, row in zip(batch.labels, rows, strict=True)
             ]
         return pages

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from sglang_mosaic.cache.host_copies import HostCopies
-from sglang_mosaic.cache.host_page import HostPage, meta_of
+from sglang_mosaic.cache.host_page import HostPage, Label, meta_of
 from sglang_mosaic.cache.restores import Restores
 from sglang_mosaic.manager.client import Lookup, ManagerClient, Status, Ticket
 
@@ -68,11 +68,11 @@ class HostTier:
         """Pages that `keep` has room for."""
         return max(self._most_bytes - self._outbox_bytes - self._copies.nbytes, 0) // page_bytes
 
-    def keep(self, labels: list[tuple[bytes, str]], rows: torch.Tensor) -> None:
+    def keep(self, labels: list[Label], rows: torch.Tensor) -> None:
         """Pages leave the pool.
 
         Args:
-            labels: key and hash of the epoch of each page; an empty hash: the page is dense.
+            labels: of each page.
             rows: uint8 [pages, bytes], on the pool's device; nobody else writes to them. At most `room` of them.
         """
         self._copies.start(labels, rows)

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING
 import torch
 
 from sglang_mosaic.cache.dense_bytes import dense_bytes, host_bytes, write_dense_bytes
-from sglang_mosaic.cache.host_page import HostPage
+from sglang_mosaic.cache.host_page import HostPage, Label
 from sglang_mosaic.cache.host_tier import HostTier
 from sglang_mosaic.cache.lifecycle import Copy, Restore
 from sglang_mosaic.codec.base import Epoch
+from sglang_mosaic.page import PAGE_SIZE
 
 if TYPE_CHECKING:
     from sglang_mosaic.cache.memory import PageMemory
@@ -31,10 +32,14 @@ class HostTraffic:
 
     # Decisions (schedule stream; host only).
 
-    def evicted(self, pages: Iterable[int], keys: Iterable[bytes]) -> None:
-        """Pages that were just freed left the prefix tree: keep them on the host, under these keys."""
-        for page, key in zip(pages, keys, strict=True):
-            self._memory.lifecycle.copy_out(page, key, self._memory.epochs.of)
+    def evicted(self, pages: Iterable[int], keys: Iterable[bytes], position: int) -> None:
+        """Pages that were just freed left the prefix tree: keep them on the host, under these keys.
+
+        Args:
+            position: of the first page's first token in its sequence.
+        """
+        for i, (page, key) in enumerate(zip(pages, keys, strict=True)):
+            self._memory.lifecycle.copy_out(page, key, position + i * PAGE_SIZE, self._memory.epochs.of)
 
     def valid(self, pages: Sequence[HostPage]) -> int:
         """How many of these pages, from the first on, hold what they should."""
@@ -99,7 +104,7 @@ class HostTraffic:
         else:
             self.tier.counters.dropped += len(copies)
             return
-        self.tier.keep([(copy.key, hash_) for copy in copies], rows)
+        self.tier.keep([Label(copy.key, hash_, copy.position) for copy in copies], rows)
 
     def _holds_page(self, page: HostPage) -> bool:
         """Whether the bytes have the right number and the formats that the epoch has."""

@@ -38,6 +38,8 @@ class Copy:
 
     key: bytes
     """Of the host's record."""
+    position: int
+    """Of the page's first token in its sequence."""
     frame: int
     epoch: Epoch | None
     """That a mosaic frame was written with; None: the frame is dense."""
@@ -200,13 +202,14 @@ class PageLifecycle:
             self.frame[page] = self._table[page] = UNMAPPED
             self.counters.freed += 1
 
-    def copy_out(self, page: int, key: bytes, epoch_of: Callable[[int], Epoch]) -> None:
+    def copy_out(self, page: int, key: bytes, position: int, epoch_of: Callable[[int], Epoch]) -> None:
         """Keep the bytes of a page that was just freed.
 
         Nothing happens if it was restored since the last forward: the host has it.
 
         Args:
             key: of the host's record.
+            position: of its first token in its sequence.
             epoch_of: tells the epoch of a mosaic frame.
         """
         place = self._left.pop(page, None)
@@ -214,7 +217,7 @@ class PageLifecycle:
             return
         turn = next(self._turns) if place.turn is None else place.turn
         epoch = epoch_of(place.frame) if place.mosaic else None
-        self._operations[turn] = Copy(key, place.frame, epoch, exact=place.last and not place.mosaic)
+        self._operations[turn] = Copy(key, position, place.frame, epoch, exact=place.last and not place.mosaic)
         self.counters.copied += 1
 
     def restore_mosaic(self, page: int, data: bytes) -> int:
