@@ -64,7 +64,7 @@ def test_a_host_tier_without_what_it_needs_is_refused(fields, flag):
 
 
 def test_cold_pages_have_a_limit_of_their_own():
-    with pytest.raises(ConfigError, match="cold-max-error: got 0.2, give a share above"):
+    with pytest.raises(ConfigError, match=r"cold-max-error: got 0\.2, give a share above"):
         sglang_mosaic.configure(host_gb=1, host_max_error=0.2, cold_max_error=0.2)
     sglang_mosaic.configure(host_gb=1, host_max_error=0.2, cold_max_error=0.3)
 
