@@ -183,6 +183,19 @@ def test_both_systems_get_the_same_bytes() -> None:
     assert int(float(mosaic.argv[9]) * (1 << 20)) == mosaic.kv_bytes == stock.kv_bytes == 4100 * 23040
 
 
+def test_hicache_and_mosaic_get_the_same_bytes_of_host_memory() -> None:
+    argv = ["--compare", "--model-path", "m", "--kv-tokens", "4096", "--host-gb", "3"]
+    args = shared_prefix_chat.parse_arguments(argv)
+    stock, hicache, mosaic = compare.systems_to_compare(args, bytes_per_token=23040)
+    assert (stock.name, hicache.name, mosaic.name) == ("stock", "hicache", "mosaic")
+    assert hicache.argv == (*stock.argv, "--enable-hierarchical-cache", "--hicache-size", "3")
+    assert stock.kv_bytes == hicache.kv_bytes == mosaic.kv_bytes
+    assert mosaic.argv[-2] == "--mosaic-host-gb" and float(mosaic.argv[-1]) * 2**30 == pytest.approx(3e9)
+    args.stock_args = "--hicache-size 5"
+    with pytest.raises(BenchmarkError, match="--stock-args contains --hicache-size.*use --host-gb"):
+        compare.check_target(args)
+
+
 def _server(backend: str, mib: int | None) -> dict[str, Any]:
     return {"server": {"attention_backend": backend, "kv_bytes_reported": None if mib is None else mib << 20}}
 

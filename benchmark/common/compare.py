@@ -1,4 +1,7 @@
-"""Measure one running server, or stock SGLang and sglang_mosaic in turn at the same bytes of KV memory."""
+"""Measure one running server, or stock SGLang and sglang_mosaic in turn at the same bytes of KV memory.
+
+With host memory for evicted pages: stock SGLang without it, SGLang's HiCache and sglang_mosaic with the same bytes of it.
+"""
 
 from __future__ import annotations
 
@@ -18,9 +21,9 @@ from benchmark.common.report import public_command
 from benchmark.common.server import ServerProcess, free_port
 from benchmark.common.stats import format_table, ratio
 
-MIB = 1 << 20
+MIB, GIB = 1 << 20, 1 << 30
 HOST = "127.0.0.1"
-STOCK, MOSAIC, RUNNING = "stock", "mosaic", "server"
+STOCK, HICACHE, MOSAIC, RUNNING = "stock", "hicache", "mosaic", "server"
 
 # Allowed excess of sglang_mosaic's reported KV bytes over stock's: both report to about 1 MiB and hold a dummy page.
 BYTES_SLACK = 0.02
@@ -36,6 +39,7 @@ SELECTS_SYSTEM = (
     "--decode-attention-backend",
     "--radix-cache-backend",
 )
+SETS_HOST = ("--enable-hierarchical-cache", "--hicache-size", "--mosaic-host-gb")
 
 # Copied from /server_info into the report.
 REPORTED_SETTINGS = ("version", "attention_backend", "page_size", "max_total_num_tokens", "chunked_prefill_size")
@@ -74,6 +78,8 @@ def _check_server_args(option: str, text: str) -> None:
     for flag in flags:
         if flag in SET_HERE:
             raise BenchmarkError(f"{option} contains {flag}, which the comparison sets itself; leave it out")
+        if flag in SETS_HOST:
+            raise BenchmarkError(f"{option} contains {flag}, which the comparison sets itself; use --host-gb")
         if flag in BREAKS_BYTES:
             raise BenchmarkError(
                 f"{option} contains {flag}: equal memory is computed for a bf16 cache on one device; leave it out, or "
@@ -85,17 +91,24 @@ def _check_server_args(option: str, text: str) -> None:
             raise BenchmarkError(f"{option} contains {flag}, which is for sglang_mosaic only; use --mosaic-args")
 
 
-def systems_to_compare(args: argparse.Namespace, bytes_per_token: int) -> tuple[System, System]:
-    """Stock first, then sglang_mosaic with exactly the same bytes of KV memory."""
+def systems_to_compare(args: argparse.Namespace, bytes_per_token: int) -> list[System]:
+    """Stock first, sglang_mosaic last, with exactly the same bytes of KV memory."""
     kv_bytes = args.kv_tokens * bytes_per_token
     shared = ("--model-path", args.model_path, "--enable-cache-report", *shlex.split(args.server_args))
     stock = (*shared, "--max-total-tokens", str(args.kv_tokens), *shlex.split(args.stock_args))
     # A number of bytes over 2^20 is exact in a float, and repr keeps every digit.
     mosaic = (*shared, "--mosaic-kv-mib", repr(kv_bytes / MIB), *shlex.split(args.mosaic_args))
-    return (
-        System(STOCK, (sys.executable, "-m", "sglang.launch_server", *stock), kv_bytes),
-        System(MOSAIC, (sys.executable, "-m", "sglang_mosaic.launch_server", *mosaic), kv_bytes),
-    )
+    hicache = None
+    if args.host_gb:
+        # Both count memory on the host for themselves: SGLang in 10^9 bytes.
+        hicache = (*stock, "--enable-hierarchical-cache", "--hicache-size", str(args.host_gb))
+        mosaic = (*mosaic, "--mosaic-host-gb", repr(args.host_gb * 10**9 / GIB))
+    commands = {STOCK: ("sglang", stock), HICACHE: ("sglang", hicache), MOSAIC: ("sglang_mosaic", mosaic)}
+    return [
+        System(name, (sys.executable, "-m", f"{package}.launch_server", *argv), kv_bytes)
+        for name, (package, argv) in commands.items()
+        if argv
+    ]
 
 
 def run(args: argparse.Namespace, measure: Measure) -> dict[str, dict[str, Any]]:
@@ -138,7 +151,7 @@ def figures_table(results: dict[str, dict[str, Any]]) -> str:
     rows = []
     for figure in results[names[0]]["summary"]:
         values = [results[name]["summary"][figure] for name in names]
-        rows.append([figure, *values, *([ratio(values[1], values[0])] if compared else [])])
+        rows.append([figure, *values, *([ratio(values[names.index(MOSAIC)], values[0])] if compared else [])])
     return format_table(["figure", *names, *([f"{MOSAIC}/{STOCK}"] if compared else [])], rows)
 
 

@@ -55,6 +55,13 @@ def add_serving_options(parser: argparse.ArgumentParser) -> None:
         "through --mosaic-kv-mib",
     )
     target.add_argument(
+        "--host-gb",
+        type=integer(1),
+        metavar="GB",
+        help="host memory for evicted pages, 10^9 bytes: of sglang_mosaic, and of a third server, stock SGLang with its "
+        "hierarchical cache (default: none, and no third server)",
+    )
+    target.add_argument(
         "--server-args",
         default="",
         metavar="STRING",

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 # Fixed so that a system keeps its colour from figure to figure.
-COLOURS = {"stock": "#7f7f7f", "mosaic": "#0072b2", "server": "#0072b2"}
+COLOURS = {"stock": "#7f7f7f", "hicache": "#d55e00", "mosaic": "#0072b2", "server": "#0072b2"}
 
 
 def environment() -> dict[str, Any]:
