@@ -192,7 +192,7 @@ def test_hicache_and_mosaic_get_the_same_bytes_of_host_memory() -> None:
     assert stock.kv_bytes == hicache.kv_bytes == mosaic.kv_bytes
     assert mosaic.argv[-2] == "--mosaic-host-gb" and float(mosaic.argv[-1]) * 2**30 == pytest.approx(3e9)
     args.stock_args = "--hicache-size 5"
-    with pytest.raises(BenchmarkError, match="--stock-args contains --hicache-size.*use --host-gb"):
+    with pytest.raises(BenchmarkError, match=r"--stock-args contains --hicache-size.*use --host-gb"):
         compare.check_target(args)
 
 

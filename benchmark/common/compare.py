@@ -1,6 +1,6 @@
 """Measure one running server, or stock SGLang and sglang_mosaic in turn at the same bytes of KV memory.
 
-With host memory for evicted pages: stock SGLang without it, SGLang's HiCache and sglang_mosaic with the same bytes of it.
+With host memory for evicted pages: stock without it, SGLang's HiCache and sglang_mosaic with the same bytes of it.
 """
 
 from __future__ import annotations

@@ -58,8 +58,8 @@ def add_serving_options(parser: argparse.ArgumentParser) -> None:
         "--host-gb",
         type=integer(1),
         metavar="GB",
-        help="host memory for evicted pages, 10^9 bytes: of sglang_mosaic, and of a third server, stock SGLang with its "
-        "hierarchical cache (default: none, and no third server)",
+        help="host memory for evicted pages, 10^9 bytes: of sglang_mosaic, and of a third server, stock SGLang with "
+        "its hierarchical cache (default: none, and no third server)",
     )
     target.add_argument(
         "--server-args",
