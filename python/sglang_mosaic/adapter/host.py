@@ -27,12 +27,15 @@ from sglang_mosaic.manager.zmq_client import ZmqClient
 logger = logging.getLogger(__name__)
 
 GIB = 1 << 30
-SLOTS = 16
-OUTBOX_BYTES = GIB // 4
+LEAST_SLOTS, MOST_SLOTS, SLOTS_BYTES = 16, 128, GIB
+"""Payloads under way: as many as fit so many bytes, of which compressed pages touch a part. A prefill evicts many pages
+before the scheduler polls again."""
+OUTBOX_BYTES = GIB
 """Most bytes of pages that wait for the manager, unless twice the slots are more."""
-RAW_SHARE = 4
-"""One part in so many of the host's memory holds its newest pages uncompressed: they come back much faster. None with
---mosaic-disk: what is not compressed is not written yet, and SGLang ends its processes without a warning."""
+RAW_SHARE, RAW_SHARE_LOSSY = 0.75, 0.25
+"""Shares of the host's memory that hold its newest pages as they came: they come back much faster. Coding them again
+without loss saves little. None with --mosaic-disk: what is not coded is not written yet, and SGLang ends its processes
+without a warning."""
 BUSY_SLEEP_S = 0.001
 """Sleep of an idle scheduler while pages are on their way."""
 
@@ -40,11 +43,14 @@ BUSY_SLEEP_S = 0.001
 def manager_options(config: MosaicConfig, frame_bytes: FrameBytes, rope: RopeOfModel) -> ManagerOptions:
     """Options of the manager of one rank."""
     host_bytes = int(config.host_gb * GIB)
+    slot_bytes = max(frame_bytes.dense, frame_bytes.mosaic)
+    lossy = config.host_max_error or config.cold_max_error
+    raw_share = 0.0 if config.disk else RAW_SHARE_LOSSY if lossy else RAW_SHARE
     return ManagerOptions(
-        slot_bytes=max(frame_bytes.dense, frame_bytes.mosaic),
-        slots=SLOTS,
+        slot_bytes=slot_bytes,
+        slots=min(max(SLOTS_BYTES // slot_bytes, LEAST_SLOTS), MOST_SLOTS),
         host_bytes=host_bytes,
-        host_raw_bytes=0 if config.disk else host_bytes // RAW_SHARE,
+        host_raw_bytes=int(raw_share * host_bytes),
         host_max_error=config.host_max_error,
         cold_max_error=config.cold_max_error,
         rope_frequencies=rope.frequencies,
@@ -72,7 +78,7 @@ def connect(scheduler: Any, memory: PageMemory) -> None:
         raise SystemExit(f"sglang_mosaic: --mosaic-host-gb: {error}") from error
     tier = HostTier(
         client,
-        max(OUTBOX_BYTES, 2 * SLOTS * options.slot_bytes),
+        max(OUTBOX_BYTES, 2 * options.slots * options.slot_bytes),
         options.slots,
         readable=lambda hash_: memory.epochs.number(hash_) is not None,
         adopt=memory.adopt,

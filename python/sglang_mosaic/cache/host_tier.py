@@ -6,6 +6,7 @@ Nothing here waits. What finds no room is dropped and counted: its tokens are co
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 
@@ -16,8 +17,8 @@ from sglang_mosaic.cache.host_page import HostPage, Label, meta_of
 from sglang_mosaic.cache.restores import Restores
 from sglang_mosaic.manager.client import Lookup, ManagerClient, Status, Ticket
 
-PUTS_PER_POLL = 4
-"""Pages handed to the manager by one poll: copying them takes a step's time."""
+PUTTING = 0.1
+"""Share of the time between two polls that handing pages to the manager may take: it is taken from the steps."""
 
 
 @dataclasses.dataclass
@@ -61,6 +62,7 @@ class HostTier:
         self._calibration: Ticket | None = None
         self._calibrated: bytes | None = None
         self._failed = False
+        self._polled = time.monotonic()
 
     # Out.
 
@@ -132,13 +134,20 @@ class HostTier:
             else:
                 self.restores.completed(completion)
         self.restores.ask()
-        for _ in range(PUTS_PER_POLL):
-            # Restores have the other half of the slots.
-            if not self._outbox or not self._client.connected or self._client.room <= self._spare_slots:
-                break
+        self._put()
+
+    def _put(self) -> None:
+        """Hand pages to the manager, one at least and as many as there is time for."""
+        now = time.monotonic()
+        until = now + PUTTING * (now - self._polled)
+        self._polled = now
+        # Restores have the other half of the slots.
+        while self._outbox and self._client.connected and self._client.room > self._spare_slots:
             key, page = self._outbox.popitem(last=False)
             self._outbox_bytes -= len(page.data)
             self.counters.dropped += not self._client.put(key, meta_of(page), page.data)
+            if time.monotonic() > until:
+                break
 
     def stats(self) -> dict[str, object]:
         """Counters and gauges, JSON-serialisable."""
