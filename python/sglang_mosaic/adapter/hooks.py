@@ -40,6 +40,7 @@ _EVERYWHERE = (
     Hook("sglang.srt.models.utils.enable_fused_set_kv_buffer", sizing.around_fused_set_kv_buffer, HookType.AROUND),
     Hook(f"{_SCHEDULER}.__init__", observe.after_scheduler_init, HookType.AFTER),
     Hook(f"{_SCHEDULER}.get_next_batch_to_run", host.before_next_batch, HookType.BEFORE),
+    Hook(f"{_SCHEDULER}.get_next_batch_to_run", observe.before_next_batch, HookType.BEFORE),
     Hook(f"{_SCHEDULER}._prefetch_kvcache", host.around_prefetch, HookType.AROUND),
     Hook(f"{_SCHEDULER}.maybe_sleep_on_idle", host.around_idle_sleep, HookType.AROUND),
     Hook(f"{_SCHEDULER}.get_internal_state", observe.around_get_internal_state, HookType.AROUND),

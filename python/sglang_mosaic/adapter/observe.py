@@ -1,5 +1,5 @@
 """What the scheduler tells us and we tell the world: recent windows, the longest prompt, the idle audit,
-statistics."""
+statistics, metrics."""
 
 from __future__ import annotations
 
@@ -24,6 +24,18 @@ def after_scheduler_init(_result: None, self: Any, *args: Any, **kwargs: Any) ->
     # between would wait forever, and everyone behind them.
     self.max_req_input_len = min(self.max_req_input_len, self.max_total_num_tokens - PAGE_SIZE)
     host.connect(self, memory)
+    if self.metrics_collector_context.current_scheduler_metrics_enabled:
+        # Not before SGLang has told prometheus_client how processes share /metrics.
+        from sglang_mosaic.adapter.metrics import Exporter
+
+        self.mosaic_exporter = Exporter(self.metrics_collector.labels, memory.stats)
+
+
+def before_next_batch(self: Any, *args: Any, **kwargs: Any) -> None:
+    """Once a turn of the scheduler, whether it has work or not."""
+    exporter = getattr(self, "mosaic_exporter", None)
+    if exporter is not None:
+        exporter.turn()
 
 
 def memory_of(allocator: Any) -> PageMemory:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 import torch
 
 from sglang_mosaic.cache.audit import audit_frames, audit_free_list, audit_tree
+from sglang_mosaic.cache.encoding_errors import EncodingErrors
 from sglang_mosaic.cache.epochs import EpochTable
 from sglang_mosaic.cache.host_page import HostPage
 from sglang_mosaic.cache.host_tier import HostTier
@@ -62,8 +63,7 @@ class PageMemory:
         self._on_epoch = on_epoch
         self._samples = PageSamples(self._read)
         self._unjudged: list[int] = []
-        # Mean squared error that pages were encoded with, summed over pages and heads.
-        self._squared_errors = torch.zeros(len(dense_k), dtype=torch.float64, device=device)
+        self._errors = EncodingErrors(len(dense_k), device)
         self.lifecycle = PageLifecycle(plan)
         self.host: HostTraffic | None = None
         self.audits = 0
@@ -183,7 +183,10 @@ class PageMemory:
         return self._audited != self.lifecycle.counters.events
 
     def stats(self) -> dict[str, object]:
-        """Counters and gauges, JSON-serialisable; sizes in pages of 64 tokens unless the name says bytes."""
+        """Counters and gauges, JSON-serialisable; sizes in pages of 64 tokens unless the name says bytes.
+
+        Does not wait for the device.
+        """
         pages = self.lifecycle
         return {
             "logical_pages": self.plan.logical_pages,
@@ -201,7 +204,7 @@ class PageMemory:
             "epoch": None if self.epochs.current is None else self.epochs.current.hash,
             "epochs_started": self.epochs.started,
             "sample_bytes": self._samples.nbytes,
-            "error_by_layer": (self._squared_errors / max(pages.counters.encoded, 1)).sqrt().tolist(),
+            **self._errors.stats(),
             "pages_allocated": pages.counters.allocated,
             "pages_freed": pages.counters.freed,
             "pages_encoded": pages.counters.encoded,
@@ -243,7 +246,8 @@ class PageMemory:
         for layer in range(len(self.dense_k)):
             data, errors = epoch.encode(layer, *self.dense_rows(layer, source))
             self.slab.frames[:, epoch.span(layer)].index_copy_(0, rows, data)
-            self._squared_errors[layer] += errors.double().square().mean(1).sum()
+            self._errors.add(layer, errors)
+        self._errors.encoded(len(encodings))
         self.epochs.written(e.mosaic_frame for e in encodings)
 
     def _mosaic_in_use(self) -> Iterable[int]:

@@ -88,7 +88,9 @@ class PageSamples:
     @property
     def nbytes(self) -> int:
         """Bytes of host memory."""
-        return sum(x.nbytes for page in (*self._sinks.kept, *self._others.kept) for x in (*page.k, *page.v))
+        # All pages have the same shapes, and whoever asks while serving should not have to count every layer of each.
+        kept = [*self._sinks.kept, *self._others.kept]
+        return len(kept) * sum(x.nbytes for x in (*kept[0].k, *kept[0].v)) if kept else 0
 
 
 def _spread(frames: list[int], most: int) -> list[int]:

@@ -137,7 +137,7 @@ class ManagerClient(ABC):
 
     @abstractmethod
     def stats(self) -> dict[str, object]:
-        """Counters of both sides, JSON-serialisable; the manager's as of its last heartbeat."""
+        """Counters of both sides, JSON-serialisable; the manager's as of its last heartbeat, none without a manager."""
 
     @abstractmethod
     def close(self) -> None:

@@ -154,6 +154,8 @@ class ZmqClient(SlottedClient):
         self.counters.deaths += 1
         self.link = Link.DOWN
         self._asked = None
+        # What it had is gone, and what it counted must not be taken for its successor's.
+        self._metrics = {}
         self._disconnect()
         self._drop_outstanding()
 
