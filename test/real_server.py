@@ -131,9 +131,13 @@ class Server:
         """Logical tokens of the pool."""
         return self._info()["max_total_num_tokens"]
 
+    def exposition(self) -> str:
+        """What /metrics shows."""
+        return requests.get(f"{self.url}/metrics", timeout=60).text
+
     def metric(self, name: str) -> float:
         """Sum of a Prometheus counter over its labels, 0 when it has not been counted yet."""
-        lines = requests.get(f"{self.url}/metrics", timeout=60).text.splitlines()
+        lines = self.exposition().splitlines()
         return sum(float(line.split()[-1]) for line in lines if re.match(rf"sglang:{name}[{{ ]", line))
 
     def wait_for_audit(self, audits_before: int, patience_s: float = 120) -> dict[str, Any]:

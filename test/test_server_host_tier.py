@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+import exposition
 from answers import Answer
 from benchmark.common.text import make_text
 from real_server import Server
@@ -41,6 +42,24 @@ def manager_pid(server: Server, but: int | None = None) -> int:
         time.sleep(0.2)
 
 
+def metrics(server: Server) -> dict[str, float]:
+    """Ours, with the labels of SGLang's own."""
+    text = server.exposition()
+    return exposition.values(text, exposition.labels_of(text, exposition.SGLANG))
+
+
+def metrics_like_stats(server: Server) -> dict[str, float]:
+    """Our metrics, once they have caught up with the statistics of an idle server, whose manager is the first."""
+    deadline = time.monotonic() + 60
+    while True:
+        shown, expected = metrics(server), exposition.expected(server.stats())
+        differing = {name: (shown[name], value) for name, value in expected.items() if abs(shown[name] - value) > 1e-9}
+        if not differing:
+            return shown
+        assert time.monotonic() < deadline, differing
+        time.sleep(0.5)
+
+
 def test_prompts_come_back_and_a_manager_that_dies_costs_hits_only(host_server: Server) -> None:
     server = host_server
     first = manager_pid(server)
@@ -58,6 +77,13 @@ def test_prompts_come_back_and_a_manager_that_dies_costs_hits_only(host_server: 
         assert again[name].tokens[0] == before[name].tokens[0] or before[name].gaps[0] < 0.5, name
         assert again[name].tokens[0] != before[name].tokens[0] or drift < 0.5, (name, drift)
 
+    shown = metrics_like_stats(server)
+    assert shown["manager_up"] == 1 and shown["manager_restarts_total"] == 0
+    assert shown["host_restored_pages_total"] == counters["restored"]
+    # Some came before they had gone to the manager, and a calibration may have come from it, too.
+    hits = shown["manager_hits_total{memory}"]
+    assert 0 < hits == shown["manager_restore_seconds_count"] and shown["host_bytes{memory}"] > 0
+
     os.kill(first, signal.SIGKILL)
     second = manager_pid(server, but=first)
     # What the first one had is lost with it.
@@ -67,4 +93,9 @@ def test_prompts_come_back_and_a_manager_that_dies_costs_hits_only(host_server: 
     assert all(len(answer.tokens) == 4 for answer in (*after_kill.values(), *after_stop.values()))
     stats = server.wait_for_audit(audits)
     assert stats["host"]["client"]["deaths"] == 1
+    shown = metrics(server)
+    assert shown["manager_restarts_total"] >= 1
+    # A manager counts from 0 on; its figures are added to those of the former one.
+    assert shown["manager_hits_total{memory}"] >= hits
+    assert shown["manager_stored_records_total"] > stats["host"]["manager"].get("stored", 0)
     assert server.trouble() == []

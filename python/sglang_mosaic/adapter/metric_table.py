@@ -90,7 +90,9 @@ _POOL = (
         "reason",
     ),
     _counter(
-        "cancelled_encodings_total", "Pages freed after they were chosen and before they ran.", "encodings_cancelled"
+        "cancelled_encodings_total",
+        "Pages freed after they were chosen to be compressed and before that ran.",
+        "encodings_cancelled",
     ),
     _gauge(
         "encoding_error_ratio",
