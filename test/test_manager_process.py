@@ -155,6 +155,13 @@ def test_epochs_are_given_to_the_next_manager_too(client: ZmqClient) -> None:
     assert answer(client, client.fetch_epoch(case.epoch.hash)).data == case.epoch_bytes
 
 
+def test_figures_of_a_dead_manager_are_not_taken_for_its_successors(client: ZmqClient) -> None:
+    until(client, lambda: client.connected and "fetches" in client.stats()["manager"])
+    os.kill(client.manager_pid, signal.SIGKILL)
+    until(client, lambda: client.stats()["pid"] is None)
+    assert client.stats()["manager"] == {}
+
+
 def test_pauses_between_restarts_grow(caplog: pytest.LogCaptureFixture) -> None:
     options = dataclasses.replace(OPTIONS, backoff_s=0.05, most_backoff_s=0.2)
     supervisor = Supervisor(options)
