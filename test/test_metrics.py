@@ -6,6 +6,7 @@ The mode is chosen as prometheus_client is imported, so the exporter runs in a p
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import math
 import os
@@ -14,6 +15,7 @@ import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,14 +23,18 @@ import torch
 from prometheus_client import CollectorRegistry, generate_latest, multiprocess
 from prometheus_client.parser import text_string_to_metric_families
 
-import exposition
-from metrics_child import LABELS
-from sglang_mosaic.adapter import observe
-from sglang_mosaic.adapter.metric_table import METRICS, PREFIX, Kind
-from sglang_mosaic.adapter.metrics import Increase
-from sglang_mosaic.cache.encoding_errors import EncodingErrors
-from sglang_mosaic.manager.metrics import BOUNDS_S, Histogram, ManagerMetrics
-from test_host_traffic import pool
+from sglang_mosaic.torchvision_compat import declare_missing_operators
+
+declare_missing_operators()
+
+import exposition  # noqa: E402
+from metrics_child import LABELS  # noqa: E402
+from sglang_mosaic.adapter import metrics, observe  # noqa: E402
+from sglang_mosaic.adapter.metric_table import METRICS, PREFIX, Kind  # noqa: E402
+from sglang_mosaic.adapter.metrics import Increase  # noqa: E402
+from sglang_mosaic.cache.encoding_errors import EncodingErrors  # noqa: E402
+from sglang_mosaic.manager.metrics import BOUNDS_S, Histogram, ManagerMetrics  # noqa: E402
+from test_host_traffic import pool  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
 DOCS = HERE.parent / "docs"
@@ -226,24 +232,29 @@ def test_an_increase_is_never_negative_and_a_decrease_is_a_new_beginning() -> No
     assert increase(6) == 6
 
 
-def test_turns_update_once_a_second_and_not_at_all_without_metrics(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Scheduler:
-        pass
-
-    # Without --enable-metrics there is nothing to turn to.
-    scheduler = Scheduler()
-    observe.before_next_batch(scheduler)
-
-    from sglang_mosaic.adapter import metrics
-
+@pytest.mark.parametrize("wanted", [False, True])
+def test_a_scheduler_updates_once_a_second_if_metrics_are_wanted(wanted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    memory = pool()
+    memory.host.tier.close()
+    memory.config = dataclasses.replace(memory.config, host_gb=0.0)
+    scheduler = SimpleNamespace(
+        server_args=SimpleNamespace(attention_backend="mosaic"),
+        token_to_kv_pool_allocator=SimpleNamespace(get_kvcache=lambda: SimpleNamespace(memory=memory)),
+        max_req_input_len=512,
+        max_total_num_tokens=1024,
+        metrics_collector_context=SimpleNamespace(current_scheduler_metrics_enabled=wanted),
+        metrics_collector=SimpleNamespace(labels=LABELS) if wanted else None,
+    )
     now, read = [100.0], []
-    monkeypatch.setattr(metrics.time, "monotonic", lambda: now[0])
     monkeypatch.setattr(metrics, "METRICS", ())
-    scheduler.mosaic_exporter = metrics.Exporter({}, lambda: read.append(now[0]) or {"host": None})
+    monkeypatch.setattr(metrics, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(memory, "stats", lambda: read.append(now[0]) or {"host": None})
+    observe.after_scheduler_init(None, scheduler)
+    assert hasattr(scheduler, "mosaic_exporter") == wanted == bool(read)
     read.clear()
     for now[0] in (100.5, 100.9, 101.0, 101.1, 104.0, 104.5):
         observe.before_next_batch(scheduler)
-    assert read == [101.0, 104.0]
+    assert read == ([101.0, 104.0] if wanted else [])
 
 
 def test_prometheus_client_is_not_imported_before_it_is_wanted() -> None:

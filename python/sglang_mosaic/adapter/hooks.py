@@ -66,7 +66,8 @@ def install() -> None:
 
 def missing() -> list[str]:
     """Targets whose hook did not take."""
-    return [hook.target for hook in table() if hook.target not in HookRegistry._patched]
+    targets = dict.fromkeys(hook.target for hook in table())
+    return [target for target in targets if target not in HookRegistry._patched]
 
 
 def verify() -> None:
