@@ -38,6 +38,8 @@ from mosaic_kernels.far_field import launch as far_field
 from mosaic_kernels.far_field.kernel import far_field_kernel
 from mosaic_kernels.query_squares import launch as query_squares
 from mosaic_kernels.query_squares.kernel import add_squares_kernel
+from mosaic_kernels.rotate_pages import launch as rotate_pages
+from mosaic_kernels.rotate_pages.kernel import rotate_kernel
 from mosaic_kernels.scan import launch as scan
 from mosaic_kernels.scan.kernel import scan_kernel
 from mosaic_kernels.segment_choice import launch as segment_choice
@@ -55,13 +57,16 @@ from mosaic_kernels.select.kernel import collect_kernel, count_kernel, threshold
 TYPES = {
     "data": "*u8", "frame_bytes": "i64", "scale": "fp32", "top_p": "fp32", "keys": "*i16",
     "pages": "i32", "room": "i32", "items": "i32", "epoch": "i32",
-    "rows": "i32", "token_stride": "i64", "head_stride": "i64", "channel_stride": "i64",
+    "rows": "i32", "page_stride": "i64", "token_stride": "i64", "head_stride": "i64", "channel_stride": "i64",
+    "x": "*bf16", "digits": "*i8",
     "k_out": "*bf16", "v_out": "*bf16", "dense_out": "*bf16", "result": "*bf16",
 } | dict.fromkeys(
     ("q", "known_lse", "page_lse", "far", "far_bias", "unrotate", "dense_lse",
      "k_rot", "v_rot", "v_roots", "errors", "out", "lse", "out_a", "lse_a", "out_b", "lse_b"), "*fp32",
 ) | dict.fromkeys(("sums", "shares", "k_weights", "v_weights"), "*fp64")  # fmt: skip
 """Of kernel arguments; the others are pointers to int32."""
+_DIVISIBLE = "frame_bytes", "page_stride", "token_stride", "head_stride"
+"""Of what are no pointers, multiples of 16."""
 _BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
@@ -88,6 +93,7 @@ KERNELS = {
         (("ROWS", query_squares.ROWS), ("CHANNELS", query_squares.CHANNELS)),
         types=(("q", "*bf16"),),
     ),
+    "rotate": Kernel(rotate_kernel, rotate_pages, (("DIGITS", 3), ("channel_stride", 1)), exact=True),
     # Costs are computed of rare formats, too, as long as a head has any.
     "choose": Kernel(choose_kernel, segment_choice, (("ANY_TOPK", True), ("ANY_EXCEPTIONS", True)), exact=True),
     "encode": Kernel(encode_kernel, segment_encode, exact=True),
@@ -120,7 +126,8 @@ def compile_kernel(kernel: Kernel, head_dim: int, group: int, arch: int) -> dict
     constants = {
         "HEADS": 8, "GROUP": group, "ROWS": attend_pages.query_rows(group), "FORMATS": 3, "PADDED": 4, "T": 64,
         "R": padded(group), "DK": head_dim, "K_DIM": head_dim, "DV": head_dim, "V_DIM": head_dim,
-        "DS": min(head_dim, 64), "D": head_dim,
+        "DS": min(head_dim, 64), "D": head_dim, "DIM": head_dim, "INPUTS": head_dim,
+        "OUTPUTS": min(head_dim, rotate_pages.OUTPUTS), "PAGES": rotate_pages.pages_together(head_dim, 64),
         "ANY_TOPK": False, "ANY_EXCEPTIONS": False, "TWO": True, "TOP_P": True, **dict(kernel.tiles),
     }  # fmt: skip
     constants = {name: value for name, value in constants.items() if name in names}
@@ -129,7 +136,7 @@ def compile_kernel(kernel: Kernel, head_dim: int, group: int, arch: int) -> dict
     aligned = {
         (i,): [["tt.divisibility", 16]]
         for i, name in enumerate(names)
-        if signature[name].startswith("*") or name == "frame_bytes"
+        if signature[name].startswith("*") or name in _DIVISIBLE
     }
     warps = getattr(kernel.launch, kernel.warps)
     options = {"num_warps": warps, "enable_fp_fusion": not kernel.exact}

@@ -34,8 +34,8 @@ def rotate(x: torch.Tensor, largest: torch.Tensor, basis: torch.Tensor) -> torch
         [H, P, T, D] float32. Inputs are first rounded to multiples of 2^-20 of their page's and head's largest
         magnitude (2^-23 for a head's basis), far below the finest quantisation step that follows.
     """
-    left, left_unit = _to_integers(x, largest, INPUT_BITS)
-    right, right_unit = _to_integers(basis, magnitude(basis), BASIS_BITS)
+    left, left_unit = to_integers(x, largest, INPUT_BITS)
+    right, right_unit = to_integers(basis, magnitude(basis), BASIS_BITS)
     # One large product per head: exactness makes the shape a matter of speed alone.
     product = torch.bmm(left.flatten(1, 2), right).view_as(x)
     return product.mul_(left_unit * right_unit[:, None]).float()
@@ -50,7 +50,7 @@ def exact_mean(x: torch.Tensor, without: torch.Tensor | None = None) -> torch.Te
     left_out = 0 if without is None else without.shape[1]
     if left_out:
         x = x.scatter(1, without[..., None].expand(-1, -1, x.shape[2]), 0)
-    integers, unit = _to_integers(x, magnitude(x), INPUT_BITS)
+    integers, unit = to_integers(x, magnitude(x), INPUT_BITS)
     return (integers.sum(1, keepdim=True) * unit / (x.shape[1] - left_out)).float().squeeze(1)
 
 
@@ -62,8 +62,9 @@ def sum_of_squares(x: torch.Tensor) -> torch.Tensor:
     return integers.square().sum(-1).double() * (largest.squeeze(-1) / 2**SQUARE_BITS).square()
 
 
-def _to_integers(x: torch.Tensor, largest: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """float64 integers of at most 2^bits in magnitude, and the power of two that one of them is worth, float64."""
+def to_integers(x: torch.Tensor, largest: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Matrices and their `magnitude` -> float64 integers of at most 2^bits in magnitude, and the power of two that one of
+    them is worth, float64."""
     # largest < 2^exponent. Scaling and rounding are exact in float32: bits < 24.
     exponent = torch.frexp(largest).exponent.clamp_min(SMALLEST_EXPONENT)
     # frexp() leaves the exponent of NaN and infinity open; any will do, they stay what they are.

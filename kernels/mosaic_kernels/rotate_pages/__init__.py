@@ -1,0 +1,1 @@
+"""Pages as written -> rotated pages, by exact products of bytes."""
