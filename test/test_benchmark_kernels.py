@@ -106,7 +106,7 @@ def test_bytes_of_a_case() -> None:
     rotated, segments = pages * 64 * 128 * 4, pages * (SEGMENT + 4)  # of the pages to encode; with formats' numbers
     wanted = {
         "query_squares": pages * 64 * 2 * 64 * 2 + 2 * 64 * 8,
-        "rotate": rotated // 2 + 2 * 64 * 64 * 4 + rotated,
+        "rotate": rotated // 2 + 2 * (64 * 64 * 3 + 4) + rotated,  # three digits a value of the bases
         "segment_choice": rotated + pages * 4 + 8 * 4 * 8 + 8 + 64 * 8 + 64 * 4,  # three formats, filled up to four
         "segment_encode": rotated + segments,
         "segment_error": rotated + segments + pages * (16 + 4),

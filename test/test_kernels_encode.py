@@ -12,6 +12,7 @@ from mosaic_kernels.segment_encode.reference import rotate_pages
 from mosaic_kernels.segment_table import HeadFormats, make_table
 from mosaic_kernels.topk.segment import TopKFormat
 from segment_cases import FORMATS, packed, sample
+from sglang_mosaic.codec.basis import LayerBasis
 from sglang_mosaic.codec.encoding import Segments, encode_segments
 from sglang_mosaic.codec.kernel_encoding import KernelEncoder
 from sglang_mosaic.codec.plan import HeadPlan, LayerPlan
@@ -112,7 +113,7 @@ def test_the_codecs_bytes_and_errors_are_the_same_by_kernel() -> None:
     layer, basis = 1, epoch.layers[1].basis
     segments = Segments(epoch.layers[layer], epoch._segments[layer], epoch._v_weights[layer])
     rotated = rotate_pages(k, basis.k_basis), rotate_pages(v, basis.v_basis)
-    found = KernelEncoder(segments, k.device).encode(*rotated)
+    found = KernelEncoder(segments, k.device).encode(k, v)
     wanted = encode_segments(segments, *rotated)
     assert torch.equal(found.data, wanted.data) and torch.equal(found.errors, wanted.errors)
     data, errors = epoch.encode(layer, k, v)
@@ -129,8 +130,9 @@ def test_segments_of_rare_kinds_are_encoded_and_noted(kind: str | None) -> None:
     nbytes = max(fmt.segment_bytes for fmt in formats.values())
     selection = SelectionProfile(64, None)
     heads = tuple(HeadPlan(nbytes, tuple(formats.values()), 1e-4, 2e-4, selection) for _ in range(2))
+    basis = LayerBasis(*(torch.eye(64, device=DEVICE).repeat(2, 1, 1) for _ in range(3)))
     segments = Segments(
-        LayerPlan(None, heads), [slice(0, nbytes), slice(nbytes, 2 * nbytes)], [(2e-4,) * 64, (3e-4,) * 64]
+        LayerPlan(basis, heads), [slice(0, nbytes), slice(nbytes, 2 * nbytes)], [(2e-4,) * 64, (3e-4,) * 64]
     )
     k, v = (torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(seed)).to(DEVICE) for seed in (0, 1))
     if kind == "topk":
@@ -139,7 +141,8 @@ def test_segments_of_rare_kinds_are_encoded_and_noted(kind: str | None) -> None:
     elif kind == "exceptions":
         k[0, 2, 5], k[0, 2, 40] = 300.0, -200.0
     encoder = KernelEncoder(segments, torch.device(DEVICE))
-    found, wanted = encoder.encode(k, v), encode_segments(segments, k, v)
+    found = encoder.encode(k.permute(1, 2, 0, 3), v.permute(1, 2, 0, 3))
+    wanted = encode_segments(segments, *(rotate_pages(x.permute(1, 2, 0, 3), basis.k_basis) for x in (k, v)))
     assert found.rare == wanted.rare == ({kind} - {None})
     assert torch.equal(found.data, wanted.data) and torch.equal(found.errors, wanted.errors)
 

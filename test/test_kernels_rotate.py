@@ -28,12 +28,12 @@ def pages_of(pages, tokens, heads, dim, seed=0):
 
 def assert_same(x, basis):
     """Of the reference on the CPU, whatever the device; returns it."""
-    found = rotate(x.to(DEVICE), make_rotation_table(basis.to(DEVICE)))
+    found = rotate(x.to(DEVICE), make_rotation_table(basis.to(DEVICE))).cpu()
     wanted = rotate_pages(x.cpu(), basis)
     assert found.dtype == torch.float32 and found.is_contiguous() and found.shape == wanted.shape
     # NaN equals NaN, and -0 equals 0.
-    differ = ~torch.isclose(found.cpu(), wanted, rtol=0, atol=0, equal_nan=True)
-    assert not differ.any(), f"differ at {differ.nonzero()[:4].tolist()}: {found.cpu()[differ][:4]}, {wanted[differ][:4]}"
+    differ = ~torch.isclose(found, wanted, rtol=0, atol=0, equal_nan=True)
+    assert not differ.any(), f"differ at {differ.nonzero()[:4].tolist()}: {found[differ][:4]}, {wanted[differ][:4]}"
     return wanted
 
 

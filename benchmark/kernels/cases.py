@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 
 from mosaic_kernels.page_batch import LEAST_PAGES, LEAST_SCANNED, Item, PageBatch, plan
+from mosaic_kernels.rotate_pages.table import RotationTable, make_rotation_table
 from mosaic_kernels.scan.keys import keys_of
 from mosaic_kernels.segment import GROUP, SegmentFormat
 from mosaic_kernels.segment_choice.reference import HeadChoice
@@ -59,6 +60,8 @@ class Dense(NamedTuple):
     k_basis: torch.Tensor
     """float32 [H, D, D], orthogonal."""
     v_basis: torch.Tensor
+    rotations: tuple[RotationTable, RotationTable]
+    """Of the bases."""
     queries: torch.Tensor
     """bfloat16 [tokens, H * group, D]."""
     sums: torch.Tensor
@@ -270,9 +273,13 @@ def _dense(dims: Dims, pool: Pool, pages: int, generator: torch.Generator) -> De
         formats = *head.formats, TopKFormat.fitting(nbytes, dims.dim, dims.dim, PAGE)
         choices.append(HeadChoice(formats, 1e-4, (1e-4,) * dims.dim))
         heads.append(head._replace(formats=formats))
+    keys, values = (normal(pages, PAGE, dims.heads, dims.dim).bfloat16() for _ in range(2))
+    bases = [torch.linalg.qr(normal(dims.heads, dims.dim, dims.dim))[0].contiguous() for _ in range(2)]
     return Dense(
-        *(normal(pages, PAGE, dims.heads, dims.dim).bfloat16() for _ in range(2)),
-        *(torch.linalg.qr(normal(dims.heads, dims.dim, dims.dim))[0].contiguous() for _ in range(2)),
+        keys,
+        values,
+        *bases,
+        rotations=tuple(map(make_rotation_table, bases)),
         queries=normal(min(pages * PAGE, MOST_OBSERVED), dims.heads * dims.group, dims.dim).bfloat16(),
         sums=torch.zeros(dims.heads, dims.dim, dtype=torch.float64, device=device),
         choices=tuple(choices),

@@ -93,7 +93,7 @@ KERNELS = {
         (("ROWS", query_squares.ROWS), ("CHANNELS", query_squares.CHANNELS)),
         types=(("q", "*bf16"),),
     ),
-    "rotate": Kernel(rotate_kernel, rotate_pages, (("DIGITS", 3), ("channel_stride", 1)), exact=True),
+    "rotate": Kernel(rotate_kernel, rotate_pages, (("DIGITS", 3), ("PAGES", 1), ("channel_stride", 1)), exact=True),
     # Costs are computed of rare formats, too, as long as a head has any.
     "choose": Kernel(choose_kernel, segment_choice, (("ANY_TOPK", True), ("ANY_EXCEPTIONS", True)), exact=True),
     "encode": Kernel(encode_kernel, segment_encode, exact=True),
@@ -127,7 +127,7 @@ def compile_kernel(kernel: Kernel, head_dim: int, group: int, arch: int) -> dict
         "HEADS": 8, "GROUP": group, "ROWS": attend_pages.query_rows(group), "FORMATS": 3, "PADDED": 4, "T": 64,
         "R": padded(group), "DK": head_dim, "K_DIM": head_dim, "DV": head_dim, "V_DIM": head_dim,
         "DS": min(head_dim, 64), "D": head_dim, "DIM": head_dim, "INPUTS": head_dim,
-        "OUTPUTS": min(head_dim, rotate_pages.OUTPUTS), "PAGES": rotate_pages.pages_together(head_dim, 64),
+        "OUTPUTS": min(head_dim, rotate_pages.OUTPUTS),
         "ANY_TOPK": False, "ANY_EXCEPTIONS": False, "TWO": True, "TOP_P": True, **dict(kernel.tiles),
     }  # fmt: skip
     constants = {name: value for name, value in constants.items() if name in names}

@@ -23,6 +23,7 @@ from mosaic_kernels.far_field import reference as far_reference
 from mosaic_kernels.far_field.launch import far_field
 from mosaic_kernels.query_squares import reference as squares_reference
 from mosaic_kernels.query_squares.launch import add_squares
+from mosaic_kernels.rotate_pages.launch import rotate
 from mosaic_kernels.scan import reference as scan_reference
 from mosaic_kernels.scan.launch import scan
 from mosaic_kernels.segment_choice import reference as choice_reference
@@ -74,8 +75,8 @@ def _observe(case: Case) -> torch.Tensor:
 
 
 def _rotate(case: Case) -> tuple[torch.Tensor, torch.Tensor]:
-    keys, values, k_basis, v_basis = case.dense[:4]
-    return rotate_pages(keys, k_basis), rotate_pages(values, v_basis)
+    k_rotation, v_rotation = case.dense.rotations
+    return rotate(case.dense.keys, k_rotation), rotate(case.dense.values, v_rotation)
 
 
 def _choose(case: Case, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
@@ -280,7 +281,7 @@ _REUSE = traffic.attend_selected_bytes, traffic.far_field_bytes, traffic.combine
 OPS = (
     Op("query_squares", "queries bf16 [tokens, R, D] -> sums of squares float64 [H, D]",
        traffic.observe_bytes, _observe_gate, _observe, attends=False, streams=True),
-    Op("rotate", "K, V bf16 [pages, 64, H, D], bases [H, D, D] -> rotated K, V float32 [H, pages, 64, D] (torch)",
+    Op("rotate", "K, V bf16 [pages, 64, H, D], bases [H, D, D] -> rotated K, V float32 [H, pages, 64, D]",
        traffic.rotate_bytes, _rotate_gate, _rotate, attends=False),
     Op("segment_choice", "rotated K, V float32 [H, pages, 64, D] -> formats [H, pages]",
        traffic.choose_bytes, _choose_gate, lambda case: _choose(case, *case.rotated[:2]), attends=False),

@@ -22,8 +22,10 @@ def observe_bytes(case: Case) -> int:
 
 
 def rotate_bytes(case: Case) -> int:
-    """K and V as written, the bases, rotated K and V."""
-    return _sizes(*case.dense[:4], case.rotated.keys, case.rotated.values)
+    """K and V as written, the digits of the bases, rotated K and V."""
+    tables = (table.digits for table in case.dense.rotations)
+    exponents = (table.exponents for table in case.dense.rotations)
+    return _sizes(case.dense.keys, case.dense.values, *tables, *exponents, case.rotated.keys, case.rotated.values)
 
 
 def choose_bytes(case: Case) -> int:

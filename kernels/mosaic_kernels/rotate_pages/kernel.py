@@ -11,7 +11,8 @@ from mosaic_kernels.segment_encode import exact
 
 _INPUT_BITS = tl.constexpr(exact.INPUT_BITS)
 _SMALLEST_EXPONENT = tl.constexpr(exact.SMALLEST_EXPONENT)
-_INPUT_DIGITS = tl.constexpr(3)
+_FEW = tl.constexpr(16)
+"""Channels of the result at a time where speed does not matter: for fewer registers."""
 
 
 @triton.jit
@@ -50,11 +51,11 @@ def rotate_kernel(
             result = total.to(tl.float32) * _power(unit)[:, None]
             tl.store(out + n[None, :], result, mask=inside[:, None] & (n < DIM)[None, :])
     else:
-        for first in range(0, D, OUTPUTS):
-            n = first + tl.arange(0, OUTPUTS)
+        for first in range(0, D, _FEW):
+            n = first + tl.arange(0, _FEW)
             total = _product_of_any(
                 source, channel_stride, inside, exponent, digits + first * INPUTS,
-                DIGITS, PAGES * T, D, DIM, INPUTS, OUTPUTS,
+                DIGITS, PAGES * T, D, DIM, INPUTS, _FEW,
             )  # fmt: skip
             result = (total * _power_64(unit)[:, None]).to(tl.float32)
             tl.store(out + n[None, :], result, mask=inside[:, None] & (n < DIM)[None, :])

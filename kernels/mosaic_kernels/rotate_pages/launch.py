@@ -9,8 +9,10 @@ from mosaic_kernels.rotate_pages.table import LEAST_INPUTS, RotationTable
 from mosaic_kernels.segment import GROUP
 from mosaic_kernels.segment_table import padded
 
-ROWS, WIDE_ROWS, OUTPUTS, WARPS = 128, 64, 64, 8
-"""Tokens of a program, of up to 128 and of more channels, and channels of the result that it computes at a time."""
+ROWS, OUTPUTS, WARPS, STAGES = 64, 64, 4, 1
+"""Tokens of a program, at least a page, and channels of the result that it computes at a time."""
+_MANY = 64 * 128
+"""Values of a tile beyond which WARPS would not have the registers."""
 
 
 def rotate(x: torch.Tensor, table: RotationTable) -> torch.Tensor:
@@ -40,17 +42,13 @@ def rotate(x: torch.Tensor, table: RotationTable) -> torch.Tensor:
         raise ValueError(f"x must be on the table's device, {table.digits.device}, got {x.device}")
     out = torch.empty(heads, pages, tokens, dim, device=x.device)
     width = padded(dim)
-    together = pages_together(width, tokens)
+    together = max(ROWS // tokens, 1)
     if pages:
         rotate_kernel[-(-pages // together), heads](
             x, table.digits, table.exponents, out, pages, *x.stride(),
             DIGITS=table.digits.shape[1], T=tokens, PAGES=together,
             D=width, DIM=dim, INPUTS=max(width, LEAST_INPUTS), OUTPUTS=min(width, OUTPUTS),
-            num_warps=WARPS, enable_fp_fusion=False,
+            num_warps=WARPS if together * tokens * width <= _MANY else 2 * WARPS, num_stages=STAGES,
+            enable_fp_fusion=False,
         )  # fmt: skip
     return out
-
-
-def pages_together(width: int, tokens: int) -> int:
-    """Pages of a program."""
-    return max((ROWS if width <= 128 else WIDE_ROWS) // tokens, 1)

@@ -1,9 +1,11 @@
-"""Encoding of rotated pages by kernels: the same bytes as encoding.py."""
+"""Encoding of pages by kernels: the same bytes as encoding.py."""
 
 from __future__ import annotations
 
 import torch
 
+from mosaic_kernels.rotate_pages.launch import rotate
+from mosaic_kernels.rotate_pages.table import make_rotation_table
 from mosaic_kernels.segment_choice.launch import choose
 from mosaic_kernels.segment_choice.table import make_choice_table
 from mosaic_kernels.segment_encode.launch import encode_pages
@@ -28,6 +30,10 @@ class KernelEncoder:
         self._table = make_table([[HeadFormats(span.start, head.formats) for span, head in spans]], device)
         self._ordinary = self._table._replace(any_topk=False, any_exceptions=False)
         """For kernels that meet no segment of a rare kind, and are faster then."""
+        self._k_rotation, self._v_rotation = (
+            make_rotation_table(basis.to(device))
+            for basis in (segments.plan.basis.k_basis, segments.plan.basis.v_basis)
+        )
         self._costs = make_choice_table(segments.choices, device)
         rare = torch.zeros(len(heads), self._table.formats, dtype=torch.bool)
         for of_head, head in zip(rare, heads, strict=True):
@@ -35,8 +41,13 @@ class KernelEncoder:
         self._rare = rare.to(device) if rare.any() else None
         """bool [H, formats]; None: all are ordinary."""
 
-    def encode(self, k_rot: torch.Tensor, v_rot: torch.Tensor) -> Encoded:
-        """As `encoding.encode_segments`. Waits for the device only if a head has formats of a rare kind."""
+    def encode(self, k: torch.Tensor, v: torch.Tensor) -> Encoded:
+        """Rotate, then as `encoding.encode_segments`. Waits for the device only if a head has formats of a rare kind.
+
+        Args:
+            k: [P, T, H, Dk] and v [P, T, H, Dv] of any float dtype.
+        """
+        k_rot, v_rot = rotate(k, self._k_rotation), rotate(v, self._v_rotation)
         data = torch.zeros(k_rot.shape[1], self._segments.plan.nbytes, dtype=torch.uint8, device=k_rot.device)
         numbers = choose(k_rot, v_rot, self._costs, self._table)
         encode_pages(k_rot, v_rot, numbers, data, self._table)

@@ -81,7 +81,6 @@ class PlanesEpoch(Epoch):
         plan = self.layers[layer]
         basis, heads = plan.basis, len(plan.heads)
         check_pages(k, v, self.page_size, heads, basis.k_basis.shape[1], basis.v_basis.shape[1])
-        k_rot, v_rot = rotate_pages(k, basis.k_basis), rotate_pages(v, basis.v_basis)
         segments = Segments(plan, self._segments[layer], self._v_weights[layer])
         if k.is_cuda and kernels_can(k.shape[-1], v.shape[-1]):
             if layer not in self._encoders:
@@ -89,9 +88,10 @@ class PlanesEpoch(Epoch):
                 from sglang_mosaic.codec.kernel_encoding import KernelEncoder
 
                 self._encoders[layer] = KernelEncoder(segments, k.device)
-            encoded = self._encoders[layer].encode(k_rot, v_rot)
+            encoded = self._encoders[layer].encode(k, v)
         else:
-            encoded = encode_segments(segments, k_rot, v_rot)
+            rotated = rotate_pages(k, basis.k_basis), rotate_pages(v, basis.v_basis)
+            encoded = encode_segments(segments, *rotated)
         self.rare |= encoded.rare
         return encoded.data, encoded.errors
 
