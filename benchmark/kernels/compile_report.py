@@ -86,6 +86,7 @@ class Kernel(NamedTuple):
 
 
 WIDE = "ROWS", MOST_GROUP
+_RARE = ("ANY_TOPK", True), ("ANY_EXCEPTIONS", True)
 KERNELS = {
     "query_squares": Kernel(
         add_squares_kernel,
@@ -95,7 +96,8 @@ KERNELS = {
     ),
     "rotate": Kernel(rotate_kernel, rotate_pages, (("DIGITS", 3), ("PAGES", 1), ("channel_stride", 1)), exact=True),
     # Costs are computed of rare formats, too, as long as a head has any.
-    "choose": Kernel(choose_kernel, segment_choice, (("ANY_TOPK", True), ("ANY_EXCEPTIONS", True)), exact=True),
+    "choose": Kernel(choose_kernel, segment_choice, (*_RARE, ("EXACT", False)), exact=True),
+    "choose: exact": Kernel(choose_kernel, segment_choice, (*_RARE, ("EXACT", True)), "EXACT_WARPS", exact=True),
     "encode": Kernel(encode_kernel, segment_encode, exact=True),
     "error": Kernel(error_kernel, segment_error, (("TILE", segment_error.TILE),), exact=True),
     "decode": Kernel(decode_kernel, segment_decode, (("TILE", segment_decode.TILE),)),

@@ -63,8 +63,8 @@ def sum_of_squares(x: torch.Tensor) -> torch.Tensor:
 
 
 def to_integers(x: torch.Tensor, largest: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Matrices and their `magnitude` -> float64 integers of at most 2^bits in magnitude, and the power of two that one of
-    them is worth, float64."""
+    """Matrices and their `magnitude` -> float64 integers of at most 2^bits in magnitude, and the power of two that one
+    of them is worth, float64."""
     # largest < 2^exponent. Scaling and rounding are exact in float32: bits < 24.
     exponent = torch.frexp(largest).exponent.clamp_min(SMALLEST_EXPONENT)
     # frexp() leaves the exponent of NaN and infinity open; any will do, they stay what they are.
