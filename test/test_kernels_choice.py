@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+import triton
+import triton.language as tl
+from triton.runtime.interpreter import InterpretedFunction
 
 from frame_cases import widths
 from mosaic_kernels.segment import SegmentFormat
-from mosaic_kernels.segment_choice import reference
+from mosaic_kernels.segment_choice import launch, reference
+from mosaic_kernels.segment_choice.kernel import _integers
 from mosaic_kernels.segment_choice.launch import choose
 from mosaic_kernels.segment_choice.reference import HeadChoice
 from mosaic_kernels.segment_choice.table import make_choice_table
@@ -18,7 +22,7 @@ from mosaic_kernels.segment_table import HeadFormats, make_table
 from mosaic_kernels.topk.segment import TopKFormat
 from segment_cases import INF, NAN
 from sglang_mosaic.codec import strategies
-from triton_device import DEVICE
+from triton_device import DEVICE, INTERPRETED
 
 
 def heads_of(heads, k_dim, v_dim, formats, rare=True, page_size=64, seed=0):
@@ -156,6 +160,109 @@ def test_what_is_not_finite_concerns_its_page_alone(value: float, rare: bool, pa
     pages[part][0, 1, 5, 7] = pages[part][0, 1, 6, 9] = value
     after = assert_same_choice(*pages, heads)
     assert torch.equal(after[1], before[1]) and torch.equal(after[0, [0, 2]], before[0, [0, 2]])
+
+
+class FirstLaunchOnly:
+    """What the choice leaves open before it computes the cost of top-k."""
+
+    def __getitem__(self, grid):
+        return lambda *args, **options: None if options["EXACT"] else launch_kernel[grid](*args, **options)
+
+
+launch_kernel = launch.choose_kernel
+
+
+def left_open(k, v, heads, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(launch, "choose_kernel", FirstLaunchOnly())
+        return (choose(k, v, make_choice_table(heads, DEVICE), table_of(heads)) < 0).cpu()
+
+
+def heads_with_topk(keep, v_weight=1.0, k_weight=1.0):
+    """Top-k first, so that it is taken where all costs are NaN."""
+    planes = SegmentFormat(k_dim=64, v_dim=64, k_bits=(4, 4, 3, 3), v_bits=(4, 4, 4, 4))
+    formats = TopKFormat(k_dim=64, v_dim=64, k_keep=keep, v_keep=keep), planes
+    return [HeadChoice(formats, k_weight, (v_weight,) * 64)]
+
+
+@pytest.mark.parametrize("weights", [(1.0, 1.0), (1e-6, 1.0), (1.0, 1e-6), (1e-12, 1e-12)], ids=str)
+@pytest.mark.parametrize("keep", [1, 8, 16])
+def test_topk_wins_from_the_same_page_on(keep: int, weights: tuple[float, float], monkeypatch) -> None:
+    # From dense values to sparse ones, in steps of 20%.
+    k, v = (torch.randn(1, 1, 64, 64, generator=torch.Generator().manual_seed(seed)) for seed in range(2))
+    fading = 0.8 ** torch.arange(24)[:, None, None]
+    few = torch.arange(64) % 8 == 0
+    k, v = (torch.where(few, x, x * fading).to(DEVICE) for x in (k, v))
+    heads = heads_with_topk(keep, *weights)
+    wanted = assert_same_choice(k, v, heads)
+    unsure = left_open(k, v, heads, monkeypatch)
+    assert unsure[wanted == 0].all()
+    assert (wanted == 1).any() and not unsure[wanted == 1].all()
+    assert (wanted == 0).any() or keep == 1
+
+
+def test_topk_is_ruled_out_without_its_cost(monkeypatch) -> None:
+    heads = heads_with_topk(8)
+    k, v = pages_of(heads, 6)
+    assert not left_open(k, v, heads, monkeypatch).any()
+    # One token alone decides, and one value of it.
+    k, v = k * 0, v * 0
+    k[..., 7, :], v[..., 7, :] = 1.0, 1.0
+    assert_same_choice(k, v, heads)
+    k[..., 7, 5], v[..., 7, 6] = 1e4, 1e7
+    assert_same_choice(k, v, heads)
+
+
+@pytest.mark.parametrize("weights", [(1.0, 1.0), (1.0, 1e-30)], ids=str)
+@pytest.mark.parametrize("scale", [1e-38, 1e-15, 1e7, 1e15, 1e30])
+def test_bounds_of_any_magnitude(scale: float, weights: tuple[float, float], monkeypatch) -> None:
+    heads = heads_with_topk(8, *weights)
+    k, v = (x * scale for x in pages_of(heads, 3))
+    wanted = assert_same_choice(k, v, heads)
+    few = (torch.arange(64, device=DEVICE) % 9 == 0).float()
+    sparse = assert_same_choice(k * few, v * few, heads)
+    for numbers, pages in ((wanted, (k, v)), (sparse, (k * few, v * few))):
+        assert left_open(*pages, heads, monkeypatch)[numbers == 0].all()
+    # Of K planes cost a number, and of V top-k alone does not: a root that only what is kept is multiplied by.
+    uneven = [heads[0]._replace(v_weights=(1e-30,) * 63 + (1e30,))]
+    v[..., 63], v[..., 0] = scale * 1e-3, 1e37
+    assert_same_choice(k, v, uneven)
+
+
+@pytest.mark.parametrize("part", [0, 1])
+@pytest.mark.parametrize("value", [NAN, INF], ids=str)
+def test_topk_that_costs_nan_is_taken_if_it_is_the_first(value: float, part: int) -> None:
+    heads = heads_with_topk(8)
+    pages = pages_of(heads, 2)
+    pages[part][0, 1, 5, 7] = value
+    assert assert_same_choice(*pages, heads).tolist() == [[1, 0]]
+
+
+def squares_kernel(x, largest, squares, units, N: tl.constexpr):
+    at = tl.arange(0, N)
+    found, unit = _integers(tl.load(x + at), tl.load(largest))
+    tl.store(squares + at, found)
+    tl.store(units, unit)
+
+
+squares_kernel = InterpretedFunction(squares_kernel) if INTERPRETED else triton.jit(squares_kernel)
+
+
+@pytest.mark.parametrize("significand", [1, 3, 2**23 + 1, 2**24 - 1])
+@pytest.mark.parametrize("exponent", [-149, -20, 100])
+def test_values_half_way_between_units_round_as_quotients(significand: int, exponent: int) -> None:
+    # Odd multiples of half a unit, 2^-16 of the largest value, as near as float32 comes, and its neighbours.
+    largest = torch.tensor(significand, dtype=torch.float64).mul(2.0**exponent).float()
+    odd = torch.randint(0, 2**15, (4096,), generator=torch.Generator().manual_seed(significand)) * 2 + 1
+    odd[:512] = torch.arange(512) * 2 + 1
+    near = (odd * (largest.double() * 2.0**-16)).float()
+    more, less = (near.nextafter(torch.tensor(end)) for end in (INF, 0.0))
+    x = torch.cat((near, more, less, torch.zeros_like(near))).minimum(largest)
+    squares = torch.empty(len(x), dtype=torch.int64, device=DEVICE)
+    unit = torch.empty(1, dtype=torch.float64, device=DEVICE)
+    squares_kernel[(1,)](x.to(DEVICE), largest.view(1).to(DEVICE), squares, unit, N=len(x), enable_fp_fusion=False)
+    wanted = (x.double() / largest.double() * 2**15).round().long().square()
+    assert torch.equal(squares.cpu(), wanted)
 
 
 def test_impossible_formats_are_not_chosen() -> None:
