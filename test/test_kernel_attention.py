@@ -143,4 +143,5 @@ def test_prefill_over_mosaic_pages_decodes_with_the_kernel(memory):
     found, wanted = torch.full_like(q, torch.nan), torch.full_like(q, torch.nan)
     MixedAttention(memory, [one], decode=kernel_decoder(memory, SegmentTables(memory))).run(1, q, found, SCALE)
     MixedAttention(memory, [one]).run(1, q, wanted, SCALE)
-    assert torch.equal(found, wanted)
+    # Decoded in float16, and on a GPU attended in it.
+    assert 0 < relative(found, wanted) < 2e-3

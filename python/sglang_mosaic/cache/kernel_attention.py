@@ -53,12 +53,12 @@ class _Group:
 
 
 def kernel_decoder(memory: PageMemory, tables: SegmentTables) -> Decode:
-    """`Epoch.decode` of mosaic frames by the kernel, for `MixedAttention`."""
+    """`Epoch.decode` of mosaic frames by the kernel, for `MixedAttention`, in float16: scales and offsets are, too."""
 
     def decode(layer: int, frames: torch.Tensor, number: int) -> tuple[torch.Tensor, torch.Tensor]:
         of_layer = tables.layer(layer)
         rows = frames - memory.table.first_mosaic
-        k, v = decode_frames(memory.slab.frames, rows, of_layer.formats, of_layer.slots[number])
+        k, v = decode_frames(memory.slab.frames, rows, of_layer.formats, of_layer.slots[number], torch.float16)
         return k.transpose(0, 1), v.transpose(0, 1)
 
     return decode

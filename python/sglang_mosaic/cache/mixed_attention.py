@@ -1,9 +1,9 @@
-"""Attention of requests whose context is partly dense, partly mosaic, in plain torch.
+"""Attention of requests whose context is partly dense, partly mosaic.
 
 Mosaic pages are decoded block by block into scratch, once per block for all requests of the batch that share them, and
-attended in the rotated bases of their epoch; dense tokens are attended exactly; log-sum-exp joins the parts (the
-reference for the kernels to come). Requests with long compressed contexts may select the tokens that they read
-(selection.py).
+attended in the rotated bases of their epoch; dense tokens are attended exactly; log-sum-exp joins the parts. All in
+plain torch, the reference of kernel_attention.py; prefills on a GPU take the same way with a kernel that decodes and
+flash attention. Requests with long compressed contexts may select the tokens that they read (selection.py).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 import torch
 
-from mosaic_kernels.attend.reference import attend
+from mosaic_kernels.attend.launch import attend
 from mosaic_kernels.merge_lse.reference import merge
 from sglang_mosaic.cache.memory import PageMemory
 from sglang_mosaic.cache.selection import Selections

@@ -1,0 +1,71 @@
+"""Flash attention with log-sum-exp against the reference; on a CPU it is the reference."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mosaic_kernels.attend import reference
+from mosaic_kernels.attend.launch import attend
+from triton_device import DEVICE
+
+SCALE = 0.1
+
+
+def tensors(tokens, keys, heads, group, dim, dtype, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    q = torch.randn(tokens, heads * group, dim, generator=generator).to(DEVICE, dtype)
+    # As decoded pages are: head-major, and a view of more.
+    k, v = (torch.randn(heads, keys, 2 * dim, generator=generator)[..., :dim].to(DEVICE, dtype) for _ in range(2))
+    return q, k, v
+
+
+def assert_close(found, wanted, dtype):
+    error = torch.finfo(dtype).eps if DEVICE == "cuda" else 0.0
+    torch.testing.assert_close(found[0], wanted[0], rtol=4 * error, atol=2 * error)
+    torch.testing.assert_close(found[1], wanted[1], rtol=0, atol=1e-3 if error else 0.0)
+    assert found[0].dtype == found[1].dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(
+    ("tokens", "keys", "heads", "group", "dim"),
+    [(1, 1, 1, 1, 64), (70, 70, 2, 3, 64), (33, 500, 8, 4, 128), (200, 201, 1, 8, 128), (5, 64, 3, 1, 80),
+     (9, 40, 2, 2, 256)],
+)  # fmt: skip
+def test_every_shape(tokens, keys, heads, group, dim, causal, dtype) -> None:
+    q, k, v = tensors(tokens, keys, heads, group, dim, dtype)
+    offset = keys - tokens if causal else None
+    assert_close(attend(q, k, v, SCALE, offset), reference.attend(q, k, v, SCALE, offset), dtype)
+
+
+def test_token_major_keys_and_float32_queries() -> None:
+    q, k, v = tensors(20, 90, 2, 4, 64, torch.float16)
+    k, v = (x.transpose(0, 1).contiguous().transpose(0, 1) for x in (k, v))
+    assert_close(attend(q.float(), k, v, SCALE, 70), reference.attend(q, k, v, SCALE, 70), torch.float16)
+
+
+def test_large_queries_do_not_become_infinite() -> None:
+    q, k, v = tensors(4, 30, 1, 2, 64, torch.float16)
+    out, lse = attend(q.float() * 1e6, k, v, 1e-3)
+    assert out.isfinite().all() and lse.isfinite().all()
+
+
+@pytest.mark.parametrize(("keys", "offset"), [(0, None), (10, -3), (40, 5), (10, 20)])
+def test_what_flash_attention_cannot_do_is_right_too(keys: int, offset: int | None) -> None:
+    q, k, v = tensors(12, keys, 2, 2, 64, torch.bfloat16)
+    found, wanted = attend(q, k, v, SCALE, offset), reference.attend(q, k, v, SCALE, offset)
+    assert torch.equal(found[0], wanted[0]) and torch.equal(found[1], wanted[1])
+
+
+def test_different_dimensions_of_keys_and_values() -> None:
+    q, k, v = tensors(6, 30, 2, 2, 128, torch.bfloat16)
+    found, wanted = attend(q, k, v[..., :64], SCALE), reference.attend(q, k, v[..., :64], SCALE)
+    assert found[0].shape == (6, 4, 64) and torch.equal(found[0], wanted[0])
+
+
+def test_shapes_that_do_not_fit_are_refused() -> None:
+    q, k, v = tensors(6, 30, 2, 2, 64, torch.bfloat16)
+    with pytest.raises(ValueError, match="Hq a multiple of Hkv"):
+        attend(q[:, :3], k, v, SCALE)
