@@ -6,12 +6,16 @@ convexly with the bits but for the first step, so that the result is close to th
 
 from __future__ import annotations
 
+import itertools
 from typing import NamedTuple
 
 import torch
 
 from mosaic_kernels.segment import GROUP, WIDTHS, SegmentFormat
 from mosaic_kernels.segment_choice.reference import K_SHARES, V_SHARES
+
+_FOLLOWING = dict(itertools.pairwise(WIDTHS))
+"""Width -> the next one."""
 
 
 class Step(NamedTuple):
@@ -25,6 +29,27 @@ class Step(NamedTuple):
     """Bits of K's groups, then of V's."""
 
 
+class _Wider(NamedTuple):
+    """The next width of a group."""
+
+    rate: float
+    """Gain per byte."""
+    width: int
+    extra: int
+    """Bytes more."""
+    gain: float
+    """Expected error less."""
+
+
+class _Group(NamedTuple):
+    shares: dict[int, float]
+    """K_SHARES or V_SHARES."""
+    scale_bytes: int
+    """Bytes of scales that the first bit brings."""
+    leads: bool
+    """K's first group, or V's."""
+
+
 class Allocator:
     """Allocations for segments of one shape.
 
@@ -34,11 +59,13 @@ class Allocator:
 
     def __init__(self, page_size: int, k_dim: int, v_dim: int) -> None:
         self._shape = {"page_size": page_size, "k_dim": k_dim, "v_dim": v_dim}
-        self._k_groups = k_dim // GROUP
-        self._shares = [K_SHARES] * self._k_groups + [V_SHARES] * (v_dim // GROUP)
+        self._k_groups, v_groups = k_dim // GROUP, v_dim // GROUP
         self._bit_bytes = page_size * GROUP // 8
-        # Scales: of K those of a group that gets its first bit, of V those that the first group of all brings.
-        self._scale_bytes = [2 * GROUP] * self._k_groups + [page_size] + [0] * (v_dim // GROUP - 1)
+        # Every group of K has scales of its own; all of V's share one per token, which the first of them brings.
+        self._groups = [
+            *(_Group(K_SHARES, 2 * GROUP, i == 0) for i in range(self._k_groups)),
+            *(_Group(V_SHARES, 0 if i else page_size, i == 0) for i in range(v_groups)),
+        ]
 
     def path(self, energies: list[float], budget: int, exceptions: int = 0) -> list[Step]:
         """Steps from nothing coded to a full budget.
@@ -50,37 +77,38 @@ class Allocator:
         """
         widths = [0] * len(energies)
         nbytes = self.format(tuple(widths), exceptions).segment_bytes
-        cost = sum(e * shares[0] for e, shares in zip(energies, self._shares, strict=True))
+        cost = sum(e * group.shares[0] for e, group in zip(energies, self._groups, strict=True))
         steps = [Step(nbytes, cost, tuple(widths))]
+        wider = [self._wider(energies, widths, i) for i in range(len(widths))]
         while True:
             best = None
-            for i, width in enumerate(widths):
-                wider = self._wider(widths, i)
-                if wider is None:
-                    continue
-                extra = (wider - width) * self._bit_bytes + (0 if width else self._scale_bytes[i])
-                gain = energies[i] * (self._shares[i][width] - self._shares[i][wider])
-                if nbytes + extra <= budget and (best is None or gain / extra > best[0]):
-                    best = (gain / extra, i, wider, extra, gain)
+            for i, step in enumerate(wider):
+                if step is not None and nbytes + step.extra <= budget and (best is None or step.rate > best.rate):
+                    best, at = step, i
             if best is None:
                 return steps
-            _, i, widths[i], extra, gain = best
-            nbytes += extra
-            cost -= gain
+            widths[at] = best.width
+            nbytes += best.extra
+            cost -= best.gain
             steps.append(Step(nbytes, cost, tuple(widths)))
+            # A group may be as wide as the one before it.
+            for i in range(at, min(at + 2, len(widths))):
+                wider[i] = self._wider(energies, widths, i)
 
     def format(self, widths: tuple[int, ...], exceptions: int = 0) -> SegmentFormat:
         """The format of an allocation."""
         k_bits, v_bits = widths[: self._k_groups], widths[self._k_groups :]
         return SegmentFormat(**self._shape, k_bits=k_bits, v_bits=v_bits, exceptions=exceptions)
 
-    def _wider(self, widths: list[int], i: int) -> int | None:
+    def _wider(self, energies: list[float], widths: list[int], i: int) -> _Wider | None:
         """The next width of a group; none beyond the group before it, whose channels have more energy."""
-        at = WIDTHS.index(widths[i]) + 1
-        if at == len(WIDTHS):
+        width, group = widths[i], self._groups[i]
+        following = _FOLLOWING.get(width)
+        if following is None or (not group.leads and following > widths[i - 1]):
             return None
-        leads = i in (0, self._k_groups)
-        return WIDTHS[at] if leads or WIDTHS[at] <= widths[i - 1] else None
+        extra = (following - width) * self._bit_bytes + (0 if width else group.scale_bytes)
+        gain = energies[i] * (group.shares[width] - group.shares[following])
+        return _Wider(gain / extra, following, extra, gain)
 
 
 def best_formats(costs: torch.Tensor, most: int) -> list[int]:
