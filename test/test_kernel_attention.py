@@ -62,7 +62,7 @@ def test_reading_everything(memory):
     sequences, q = batch_of(memory, CONTEXTS), queries(2)
     for layer in range(LAYERS):
         found = with_kernels(memory, q, sequences, layer=layer)
-        assert relative(found, with_torch(memory, q, sequences, layer=layer)) < 2e-3
+        assert relative(found, with_torch(memory, q, sequences, layer=layer)) < 4e-3
 
 
 def test_rows_of_other_requests_stay_as_they_are(memory):
@@ -144,4 +144,4 @@ def test_prefill_over_mosaic_pages_decodes_with_the_kernel(memory):
     MixedAttention(memory, [one], decode=kernel_decoder(memory, SegmentTables(memory))).run(1, q, found, SCALE)
     MixedAttention(memory, [one]).run(1, q, wanted, SCALE)
     # Decoded in float16, and on a GPU attended in it.
-    assert 0 < relative(found, wanted) < 2e-3
+    assert 0 < relative(found, wanted) < 4e-3

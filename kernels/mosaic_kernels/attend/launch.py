@@ -1,6 +1,8 @@
-"""Attention with log-sum-exp of many queries: torch's flash attention where it can, the reference elsewhere."""
+"""Attention with log-sum-exp: torch's flash attention where it can, the reference elsewhere."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 
@@ -42,6 +44,37 @@ def attend(
     return merge(*new, *_flash(q, k[:, :causal_offset], v[:, :causal_offset], scale, causal=False))
 
 
+def attend_each(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, starts: torch.Tensor, lengths: Sequence[int], scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One query of each of R requests over keys of its own; otherwise as `attend`.
+
+    Args:
+        q: [R, Hq, D] float.
+        k, v: [keys of all requests, Hkv, D], one request after the other.
+        starts: int32 [R + 1] where each request's begin, and the end, on the device.
+        lengths: keys of each, the same on the host; 0 is allowed.
+        scale: factor of the logits.
+
+    Returns:
+        out [R, Hq, D] and lse [R, Hq], float32.
+    """
+    if not _flash_can(q, k.transpose(0, 1), v.transpose(0, 1)):
+        own = zip(q[:, None], k.split(list(lengths)), v.split(list(lengths)), strict=True)
+        found = [reference.attend(one, keys.transpose(0, 1), x.transpose(0, 1), scale) for one, keys, x in own]
+        return torch.cat([out for out, _ in found]), torch.cat([lse for _, lse in found])
+    queries = torch.arange(len(q) + 1, dtype=torch.int32, device=q.device)
+    out, lse, *_ = torch.ops.aten._flash_attention_forward(
+        _as(q, k.dtype), k, v, queries, starts, 1, max(lengths), 0.0, False, False, scale=scale
+    )
+    out, lse = out.float(), lse.transpose(0, 1)
+    if 0 in lengths:
+        # What flash attention says of nothing differs between its versions.
+        absent = (starts[1:] == starts[:-1])[:, None]
+        out, lse = out.masked_fill(absent[..., None], 0.0), lse.masked_fill(absent, -torch.inf)
+    return out, lse
+
+
 def _flash_can(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
     dim = q.shape[-1]
     return (
@@ -62,11 +95,14 @@ def _flash_can(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
 def _flash(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, causal: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    most = torch.finfo(k.dtype).max
-    query = q if q.dtype == k.dtype else q.clamp(-most, most).to(k.dtype)
+    keys, values = k.transpose(0, 1)[None], v.transpose(0, 1)[None]
     # The operator behind scaled_dot_product_attention, as only it gives the log-sum-exp and takes heads in groups.
     out, lse, *_ = torch.ops.aten._flash_attention_forward(
-        query[None], k.transpose(0, 1)[None], v.transpose(0, 1)[None], None, None, len(q), k.shape[1], 0.0, causal,
-        False, scale=scale,
-    )  # fmt: skip
+        _as(q, k.dtype)[None], keys, values, None, None, len(q), k.shape[1], 0.0, causal, False, scale=scale
+    )
     return out[0].float(), lse[0].transpose(0, 1)
+
+
+def _as(q: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    most = torch.finfo(dtype).max
+    return q if q.dtype == dtype else q.clamp(-most, most).to(dtype)

@@ -9,7 +9,7 @@ from mosaic_kernels.rotate_pages.table import LEAST_INPUTS, RotationTable
 from mosaic_kernels.segment import GROUP
 from mosaic_kernels.segment_table import padded
 
-ROWS, OUTPUTS, WARPS, STAGES = 64, 64, 4, 1
+ROWS, OUTPUTS, WARPS, STAGES = 64, 32, 4, 1
 """Tokens of a program, at least a page, and channels of the result that it computes at a time."""
 _MANY = 64 * 128
 """Values of a tile beyond which WARPS would not have the registers."""

@@ -9,7 +9,7 @@ from mosaic_kernels.segment_choice.kernel import choose_kernel
 from mosaic_kernels.segment_choice.table import ChoiceTable
 from mosaic_kernels.segment_table import SegmentTable, check_rotated, padded
 
-WARPS, EXACT_WARPS = 16, 8
+WARPS, EXACT_WARPS = 8, 8
 
 
 def choose(

@@ -7,14 +7,18 @@ from typing import NamedTuple
 
 import torch
 
+from mosaic_kernels.attend.launch import attend_each
+
 
 class DenseTokens(NamedTuple):
-    """Where the dense tokens of some requests lie: all layers, and all requests at once, read them alike."""
+    """Where the dense tokens of some requests lie, one request after the other."""
 
     rows: torch.Tensor
-    """int64 [requests, most tokens], of the dense slabs; beyond a request's own any."""
-    absent: torch.Tensor
-    """bool, the same shape: beyond a request's own."""
+    """int64 [tokens of all], of the dense slabs."""
+    starts: torch.Tensor
+    """int32 [requests + 1]: where each request's begin, and the end."""
+    lengths: tuple[int, ...]
+    """Tokens of each."""
 
     @classmethod
     def of(cls, rows: Sequence[torch.Tensor], device: torch.device) -> DenseTokens:
@@ -22,15 +26,14 @@ class DenseTokens(NamedTuple):
         Args:
             rows: of every request, int64 [tokens] on the host; some may have none.
         """
-        lengths = torch.tensor([len(own) for own in rows])
-        padded = torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True)
-        absent = torch.arange(padded.shape[1]) >= lengths[:, None]
-        return cls(padded.to(device), absent.to(device))
+        lengths = torch.tensor([0, *map(len, rows)], dtype=torch.int32)
+        starts = lengths.cumsum(0, dtype=torch.int32)
+        return cls(torch.cat(list(rows)).to(device), starts.to(device), tuple(lengths[1:].tolist()))
 
     def attend(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """As `attend` of mosaic_kernels/attend/reference.py, of one query for each request.
+        """As `attend` of mosaic_kernels/attend, of one query for each request.
 
         Args:
             q: [requests, Hq, Dk]; k: [rows, H, Dk] and v: [rows, H, Dv], the dense slabs; any float.
@@ -39,12 +42,4 @@ class DenseTokens(NamedTuple):
         Returns:
             out [requests, Hq, Dv] and lse [requests, Hq], float32; of a request without dense tokens 0 and -inf.
         """
-        heads = k.shape[1]
-        keys, values = (x[self.rows].float().transpose(1, 2) for x in (k, v))
-        logits = (q.float() * scale).unflatten(1, (heads, -1)) @ keys.transpose(2, 3)
-        logits.masked_fill_(self.absent[:, None, None], -torch.inf)
-        # No weight, but what lies there may be no number.
-        values.masked_fill_(self.absent[:, None, :, None], 0.0)
-        lse = logits.logsumexp(-1)
-        weights = torch.exp(logits - torch.where(lse == -torch.inf, 0.0, lse)[..., None])
-        return (weights @ values).flatten(1, 2), lse.flatten(1)
+        return attend_each(q, k[self.rows], v[self.rows], self.starts, self.lengths, scale)
