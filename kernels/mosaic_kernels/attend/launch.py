@@ -67,7 +67,7 @@ def attend_each(
     out, lse, *_ = torch.ops.aten._flash_attention_forward(
         _as(q, k.dtype), k, v, queries, starts, 1, max(lengths), 0.0, False, False, scale=scale
     )
-    out, lse = out.float(), lse.transpose(0, 1)
+    out, lse = out.float(), lse.transpose(0, 1).contiguous()
     if 0 in lengths:
         # What flash attention says of nothing differs between its versions.
         absent = (starts[1:] == starts[:-1])[:, None]
@@ -100,7 +100,7 @@ def _flash(
     out, lse, *_ = torch.ops.aten._flash_attention_forward(
         _as(q, k.dtype)[None], keys, values, None, None, len(q), k.shape[1], 0.0, causal, False, scale=scale
     )
-    return out[0].float(), lse[0].transpose(0, 1)
+    return out[0].float(), lse[0].transpose(0, 1).contiguous()
 
 
 def _as(q: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

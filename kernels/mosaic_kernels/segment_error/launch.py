@@ -8,7 +8,7 @@ from mosaic_kernels.segment_choice.table import ChoiceTable
 from mosaic_kernels.segment_error.kernel import error_kernel
 from mosaic_kernels.segment_table import SegmentTable, check_encoded, check_rotated, padded
 
-TILE, WARPS = 64, 8  # tokens that a program decodes at a time at most
+TILE, WARPS = 64, 4  # tokens that a program decodes at a time at most
 
 
 def write_errors(
