@@ -259,6 +259,15 @@ def test_a_page_of_another_transform_is_a_miss(tmp_path: Path, few_samples: None
     client.close()
 
 
+def assert_nothing_is_coded(client: InProcessClient) -> None:
+    case = frames()
+    for _ in range(40):
+        client.poll()
+    assert manager_metric(client, "transformed") == 0
+    assert answer(client, client.fetch(case.keys[3])).data == case.frames[3]
+    client.close()
+
+
 def test_a_damaged_transform_harms_nobody(tmp_path: Path, few_samples: None) -> None:
     case = frames()
     client = InProcessClient(options(tmp_path, disk=None))
@@ -266,23 +275,14 @@ def test_a_damaged_transform_harms_nobody(tmp_path: Path, few_samples: None) -> 
     key = transform_key(case.epoch.hash)
     store.put(Record(key, Meta(RecordKind.TRANSFORM), Form.RAW, len(body), checksum(key, body), body))
     fill(client, 12)
-    for _ in range(40):
-        client.poll()
-    assert manager_metric(client, "transformed") == 0
-    assert answer(client, client.fetch(case.keys[3])).data == case.frames[3]
-    client.close()
+    assert_nothing_is_coded(client)
 
 
 @pytest.mark.parametrize("changed", [{"cold_max_error": 0.0}, {"cold_max_error": 0.01}])
 def test_nothing_is_coded_that_the_limit_forbids(tmp_path: Path, few_samples: None, changed: dict) -> None:
-    case = frames()
     client = InProcessClient(options(tmp_path, **changed))
     fill(client, 12)
-    for _ in range(40):
-        client.poll()
-    assert manager_metric(client, "transformed") == 0
-    assert answer(client, client.fetch(case.keys[3])).data == case.frames[3]
-    client.close()
+    assert_nothing_is_coded(client)
 
 
 def test_pages_without_a_position_stay_as_they_are(tmp_path: Path, few_samples: None) -> None:
@@ -291,7 +291,4 @@ def test_pages_without_a_position_stay_as_they_are(tmp_path: Path, few_samples: 
     client.put_epoch(case.epoch.hash, case.epoch_bytes)
     for i in range(12):
         put(client, case.keys[i], case.meta, case.frames[i])
-    for _ in range(40):
-        client.poll()
-    assert manager_metric(client, "transformed") == 0
-    client.close()
+    assert_nothing_is_coded(client)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from mosaic_kernels.attend import reference
+from mosaic_kernels.constants import constant
 from mosaic_kernels.merge_lse.reference import merge
 
 _FLASH_DTYPES = torch.bfloat16, torch.float16
@@ -63,7 +64,7 @@ def attend_each(
         own = zip(q[:, None], k.split(list(lengths)), v.split(list(lengths)), strict=True)
         found = [reference.attend(one, keys.transpose(0, 1), x.transpose(0, 1), scale) for one, keys, x in own]
         return torch.cat([out for out, _ in found]), torch.cat([lse for _, lse in found])
-    queries = torch.arange(len(q) + 1, dtype=torch.int32, device=q.device)
+    queries = constant(tuple(range(len(q) + 1)), torch.int32, q.device)
     out, lse, *_ = torch.ops.aten._flash_attention_forward(
         _as(q, k.dtype), k, v, queries, starts, 1, max(lengths), 0.0, False, False, scale=scale
     )

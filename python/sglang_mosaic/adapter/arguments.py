@@ -145,8 +145,8 @@ def add_mosaic_group(parser: argparse.ArgumentParser) -> None:
         default=default.cold_max_error,
         metavar="SHARE",
         help="the same for the pages that were used longest ago, which are transform-coded when three quarters of the "
-        "host's memory are in use: about half as many bytes, but restoring them takes ten times as long. Default: 0, "
-        "none are.",
+        "host's memory are in use: about half as many bytes, but restoring them takes more than ten times as long. "
+        "Default: 0, none are.",
     )
     group.add_argument(
         "--mosaic-disk",

@@ -31,7 +31,8 @@ LEAST_SLOTS, MOST_SLOTS, SLOTS_BYTES = 16, 128, GIB
 """Payloads under way: as many as fit so many bytes, of which compressed pages touch a part. A prefill evicts many pages
 before the scheduler polls again."""
 OUTBOX_BYTES = GIB
-"""Most bytes of pages that wait for the manager, unless twice the slots are more."""
+"""Most bytes of pages that wait for the manager, unless the host tier has less; LEAST_PAGES of them in any case."""
+LEAST_PAGES = 32
 RAW_SHARE, RAW_SHARE_LOSSY = 0.75, 0.25
 """Shares of the host's memory that hold its newest pages as they came: they come back much faster. Coding them again
 without loss saves little. None with --mosaic-disk: what is not coded is not written yet, and SGLang ends its processes
@@ -78,7 +79,7 @@ def connect(scheduler: Any, memory: PageMemory) -> None:
         raise SystemExit(f"sglang_mosaic: --mosaic-host-gb: {error}") from error
     tier = HostTier(
         client,
-        max(OUTBOX_BYTES, 2 * options.slots * options.slot_bytes),
+        max(min(OUTBOX_BYTES, options.host_bytes), LEAST_PAGES * options.slot_bytes),
         options.slots,
         readable=lambda hash_: memory.epochs.number(hash_) is not None,
         adopt=memory.adopt,

@@ -203,6 +203,17 @@ _MANAGER = (
         "when",
     ),
     _counter(
+        "manager_transformed_pages_total",
+        "Cold pages that the manager transform-coded, which were recompressed before.",
+        MANAGER + "transformed",
+    ),
+    _counter(
+        "manager_transformed_bytes_total",
+        "Bytes of transform-coded pages before and after.",
+        {"before": MANAGER + "transformed_from", "after": MANAGER + "transformed_to"},
+        "when",
+    ),
+    _counter(
         "manager_hits_total",
         "Fetches that the manager answered with a record, by where it lay.",
         {"memory": MANAGER + "hits_memory", "disk": MANAGER + "hits_disk"},

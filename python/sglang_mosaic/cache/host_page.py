@@ -24,6 +24,7 @@ class Label(NamedTuple):
     key: bytes
     """Of its record."""
     epoch: str
+    """As of HostPage."""
     position: int
 
 

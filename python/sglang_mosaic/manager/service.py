@@ -146,11 +146,13 @@ class Service:
 
     def _work_on_cold(self) -> bool:
         """Transform-code one page that is about to leave memory; False: there is none, or room enough."""
-        record = self.store.coldest(self._recompressor.cold.can_code)
+        cold = self._recompressor.cold
+        # Looking for one goes through the records, for nothing in most servers.
+        record = self.store.coldest(cold.can_code) if cold.codes else None
         if record is None:
             return False
         try:
-            smaller = self._recompressor.cold.compress(record, self._recompressor.restore(record))
+            smaller = cold.compress(record, self._recompressor.restore(record))
         except FrameError:
             # As it is it can be read; it only has something that the transform cannot say.
             smaller = None

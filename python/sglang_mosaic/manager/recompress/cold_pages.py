@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import TypeVar
@@ -13,9 +12,9 @@ from sglang_mosaic.manager.recompress.cold import FrameRows, TransformCoding
 from sglang_mosaic.manager.recompress.groups import FrameError
 from sglang_mosaic.manager.recompress.rope import Rope
 from sglang_mosaic.manager.recompress.transform import Transform, calibrate
+from sglang_mosaic.manager.recompress.verified import smaller
 from sglang_mosaic.manager.store.record import Form, Record
 from sglang_mosaic.wire.messages import RecordKind
-from sglang_mosaic.wire.slots import checksum
 
 SAMPLE = 64
 """Pages that a transform is learnt from: 4,096 tokens for components over at most 1,024 channels."""
@@ -47,13 +46,13 @@ class ColdPages:
         self._samples: OrderedDict[str, list[tuple[np.ndarray, int]]] = OrderedDict()
 
     def learn(self, record: Record) -> bytes | None:
-        """See a page as it came from the server. Most calls copy it at most; one takes seconds.
+        """See a page as it came from the server. Most calls copy it at most; one may take minutes.
 
         Returns:
             The epoch's transform, when this page completes the sample.
         """
         epoch = record.meta.epoch
-        if not self._max_error or not self._can_place(record) or self._codec(epoch) is not None:
+        if not self.codes or not self._can_place(record) or self._codec(epoch) is not None:
             return None
         planes = self._planes(epoch)
         page = np.frombuffer(record.body, np.uint8), record.meta.position
@@ -70,9 +69,14 @@ class ColdPages:
         # Another manager may have been faster.
         return made if self._transform(epoch) is None else None
 
+    @property
+    def codes(self) -> bool:
+        """Whether any page is coded here."""
+        return bool(self._max_error)
+
     def can_code(self, record: Record) -> bool:
         """Whether the record is a page whose transform is known."""
-        return bool(self._max_error) and self._can_place(record) and self._codec(record.meta.epoch) is not None
+        return self.codes and self._can_place(record) and self._codec(record.meta.epoch) is not None
 
     def compress(self, record: Record, frame: bytes) -> Record | None:
         """A smaller record, verified by restoring it; None: the limit allows none.
@@ -89,12 +93,7 @@ class ColdPages:
         packed = codec.pack(np.frombuffer(frame, np.uint8), record.meta.position, self._max_error)
         if packed is None or len(packed.data) >= len(record.body):
             return None
-        if not np.array_equal(codec.unpack(packed.data, record.meta.position), packed.frame):
-            raise FrameError("a transform-coded page does not restore to what it said")
-        made = packed.frame.tobytes()
-        return dataclasses.replace(
-            record, form=Form.TRANSFORMED, body=packed.data, length=len(made), checksum=checksum(record.key, made)
-        )
+        return smaller(record, Form.TRANSFORMED, packed, codec.unpack(packed.data, record.meta.position))
 
     def restore(self, record: Record) -> bytes:
         """The frame that the record was verified with, unless this is another kind of machine.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections import OrderedDict
 from collections.abc import Callable
 
@@ -12,6 +11,7 @@ from sglang_mosaic.manager.recompress.base import FrameCodec
 from sglang_mosaic.manager.recompress.cold_pages import ColdPages
 from sglang_mosaic.manager.recompress.groups import FrameError, FrameLayout
 from sglang_mosaic.manager.recompress.planes import PlanesPacking
+from sglang_mosaic.manager.recompress.verified import smaller
 from sglang_mosaic.manager.store.record import Form, Record
 from sglang_mosaic.wire.slots import checksum
 
@@ -54,12 +54,7 @@ class Recompressor:
         packed = codec.pack(np.frombuffer(record.body, np.uint8), self._max_error)
         if len(packed.data) >= len(record.body):
             return None
-        if not np.array_equal(codec.unpack(packed.data), packed.frame):
-            raise FrameError("a packed frame does not restore to what it was made from")
-        frame = packed.frame.tobytes()
-        return dataclasses.replace(
-            record, form=Form.PACKED, body=packed.data, length=len(frame), checksum=checksum(record.key, frame)
-        )
+        return smaller(record, Form.PACKED, packed, codec.unpack(packed.data))
 
     def restore(self, record: Record) -> bytes:
         """The record's own bytes, verified.

@@ -158,7 +158,7 @@ class Transform:
 
 
 def calibrate(pages: Callable[[], Iterable[Rows]]) -> Transform:
-    """The transform of some pages, which are looked at twice. Takes seconds.
+    """The transform of some pages, which are looked at twice. May take minutes (docs/manager.md).
 
     Raises:
         FrameError: a value is not finite.
