@@ -13,8 +13,8 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 INTERPRETED = DEVICE == "cpu"
 
 OPS = (
-    "attend_pages", "attend_selected", "combine", "far_field", "query_squares", "rotate_pages", "scan",
-    "segment_choice", "segment_decode", "segment_encode", "segment_error", "select",
+    "attend_dense", "attend_pages", "attend_selected", "combine", "far_field", "plan_step", "query_squares",
+    "rotate_pages", "rotate_queries", "scan", "segment_choice", "segment_decode", "segment_encode", "segment_error", "select",
 )  # fmt: skip
 
 if INTERPRETED:

@@ -10,7 +10,10 @@
 | `segment_decode` | segment bytes -> K and V in the rotated bases |
 | `attend` | attention over given keys, with log-sum-exp |
 | `merge_lse` | joins two attention results over disjoint keys |
-| `page_batch.plan` | cuts the compressed pages of a batch into pieces of equal length |
+| `page_batch` | what a batch reads of its compressed pages, cut into pieces of equal length |
+| `plan_step` | a decode step's plan, from the page table and without the host |
+| `attend_dense` | attention of decoding requests over pages that are not compressed |
+| `rotate_queries` | queries in the bases of the compressed pages |
 | `attend_pages` | attention over all tokens of pages, straight from their bytes |
 | `scan`, `select` | which tokens get most attention, and a list of them |
 | `attend_selected`, `far_field` | attention over those, and over one mean token a page for the others |

@@ -1,0 +1,1 @@
+"""Attention of one query per request over pages that are not compressed."""

@@ -1,0 +1,1 @@
+"""Queries in the bases of the compressed pages that they meet."""
