@@ -26,7 +26,7 @@ test: install model ## run the whole test suite; PYTEST_ARGS="-k name"
 
 test-gpu: install ## run the tests that have something to do there on this machine's GPU
 	@$(PY) -c 'import sys, torch; torch.cuda.is_available() or sys.exit("make test-gpu: torch sees no CUDA device")'
-	@$(PY) -m pytest test/test_kernels_*.py test/test_kernel_attention.py test/test_host_*.py $(PYTEST_ARGS)
+	@$(PY) -m pytest test/test_kernels_*.py test/test_decode_attention.py test/test_host_*.py $(PYTEST_ARGS)
 
 lint: install ## check the code with ruff
 	@$(PY) -m ruff check .

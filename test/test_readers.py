@@ -14,8 +14,9 @@ from test_selection import CONTEXT, TOKENS, make_memory
 def test_a_pool_without_a_gpu_is_read_by_the_reference():
     memory = make_memory(1)
     sequences = [sequence(memory, CONTEXT, TOKENS, 0, 1, key=0)]
-    for decoding in (True, False):
-        assert isinstance(Readers(memory, GROUP).plan(sequences, decoding), MixedAttention)
+    readers = Readers(memory, GROUP)
+    assert readers.decoding is None
+    assert isinstance(readers.plan(sequences), MixedAttention)
 
 
 @pytest.mark.parametrize(

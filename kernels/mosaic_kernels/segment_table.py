@@ -83,15 +83,57 @@ class SegmentTable(NamedTuple):
         """KV heads."""
         return self.starts.shape[1]
 
+    def put(self, epoch: int, one: SegmentTable) -> None:
+        """Write the first epoch of another table, of the same sizes, over one of this, where it lies."""
+        for mine, theirs in zip(self[:3], one[:3], strict=True):
+            mine[epoch] = theirs[0]
+        rows = self.heads * self.formats
+        for mine, theirs in zip(self[3:6], one[3:6], strict=True):
+            mine[epoch * rows : (epoch + 1) * rows] = theirs[:rows].to(mine.device)
+
+
+def empty_table(
+    epochs: int,
+    heads: int,
+    formats: int,
+    page_size: int,
+    k_dim: int,
+    v_dim: int,
+    device: torch.device | str,
+    *,
+    most_scanned: int,
+    topk: bool,
+    exceptions: bool,
+) -> SegmentTable:
+    """A table without formats, for `SegmentTable.put`; parameters as of its fields and of `make_table`."""
+
+    def zeros(*shape: int) -> torch.Tensor:
+        return torch.zeros(*shape, dtype=torch.int32, device=device)
+
+    rows = epochs * heads * formats
+    scalars = zeros(rows, SCALARS)
+    scalars[:, KIND] = INVALID
+    return SegmentTable(
+        zeros(epochs, heads), zeros(epochs, heads), torch.zeros(epochs, heads, device=device), scalars,
+        zeros(rows, padded(k_dim) // GROUP, WORDS), zeros(rows, padded(v_dim) // GROUP, WORDS),
+        formats, page_size, k_dim, v_dim, most_scanned, topk, exceptions,
+    )  # fmt: skip
+
 
 def make_table(
-    epochs: Sequence[Sequence[HeadFormats]], device: torch.device | str, *, topk: bool = True, exceptions: bool = True
+    epochs: Sequence[Sequence[HeadFormats]],
+    device: torch.device | str,
+    *,
+    topk: bool = True,
+    exceptions: bool = True,
+    room: int = 0,
 ) -> SegmentTable:
     """The table of one layer.
 
     Args:
         epochs: of each epoch, every KV head. All formats are of the same page size and dimensions.
         topk, exceptions: whether segments of such formats may occur; kernels are faster without them.
+        room: formats of a head to have rows for, if none has more.
 
     Raises:
         ValueError: a format that kernels cannot read, or formats that do not fit together.
@@ -106,7 +148,7 @@ def make_table(
         raise ValueError(f"page_size must be a power of two of at least {GROUP} for kernels, got {page_size}")
     if any(fmt.segment_bytes >= _MOST_BYTES for fmt in every):
         raise ValueError(f"a segment must be smaller than {_MOST_BYTES} bytes for kernels")
-    most = max(len(head.formats) for head in heads)
+    most = max(room, *(len(head.formats) for head in heads))
     rows = len(heads) * most
     scalars = torch.zeros(rows, SCALARS, dtype=torch.int32)
     scalars[:, KIND] = INVALID

@@ -6,6 +6,8 @@ import argparse
 import dataclasses
 from typing import Any
 
+import torch
+
 from sglang_mosaic.adapter import refusals
 from sglang_mosaic.adapter.plugin import ATTENTION_BACKEND, RADIX_CACHE_BACKEND
 from sglang_mosaic.config import CODECS, ENCODE_POLICIES, MosaicConfig
@@ -216,8 +218,11 @@ def around_post_init(original, self) -> None:
         self.page_size = PAGE_SIZE
     if self.radix_cache_backend is None and not self.disable_radix_cache:
         self.radix_cache_backend = RADIX_CACHE_BACKEND
-    # The reference attention in torch reads the page table on the host, which a captured graph cannot do.
-    self.disable_cuda_graph = True
+    # Prefills read the page table on the host, which a captured graph cannot do; so does the attention in torch, which
+    # reads everything where there are no kernels.
+    self.disable_prefill_cuda_graph = True
+    if config.codec != "planes" or not torch.cuda.is_available():
+        self.disable_cuda_graph = True
     original(self)
     refusals.refuse_resolved(self)
     sizing.refuse_small_pool(self)

@@ -1,7 +1,8 @@
 """SGLang attention backend ``mosaic``: SGLang's torch attention on dense pages, ours where a page is mosaic.
 
 Requests without a mosaic page go through the unchanged ``torch_native`` code on translated slots, so that with
-compression off the output is bit-identical to it.
+compression off the output is bit-identical to it. On a GPU, kernels read both kinds of pages in decode steps, which
+CUDA graphs can replay.
 """
 
 from __future__ import annotations
@@ -14,11 +15,14 @@ from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBack
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 from sglang.srt.runtime_context import get_parallel
 
-from sglang_mosaic.cache.mixed_attention import Sequence
-from sglang_mosaic.cache.readers import Mixed, Readers
+from sglang_mosaic.cache.continuing import Continuing
+from sglang_mosaic.cache.mixed_attention import MixedAttention, Sequence
+from sglang_mosaic.cache.readers import Readers
+from sglang_mosaic.cache.reading import Reading, most_pages, room_for
 from sglang_mosaic.page import PAGE_SIZE, pages_for
 
 if TYPE_CHECKING:
+    from sglang_mosaic.cache.decode_attention import DecodeStep
     from sglang.srt.layers.radix_attention import RadixAttention
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 
@@ -37,7 +41,16 @@ class _Plan:
     """Runs of requests without a mosaic page."""
     first_query: list[int]
     """Row of each request's first query, and the total."""
-    mixed: Mixed | None
+    mixed: MixedAttention | None
+
+
+@dataclasses.dataclass
+class _Decode:
+    """What all layers of one decode step by kernels share."""
+
+    step: DecodeStep
+    reading: Reading
+    write_loc: KVWriteLoc
 
 
 class MosaicAttentionBackend(TorchNativeAttnBackend):
@@ -47,20 +60,98 @@ class MosaicAttentionBackend(TorchNativeAttnBackend):
         super().__init__(runner)
         self.memory = runner.token_to_kv_pool.memory
         self.start_layer = runner.token_to_kv_pool.start_layer
-        self._plan: _Plan | None = None
+        self._plan: _Plan | _Decode | None = None
         heads = runner.model_config.num_attention_heads // get_parallel().attn_tp_size
         self._readers = Readers(self.memory, heads // self.memory.dense_k[0].shape[1])
+        self._decoding = self._readers.decoding
+        self._longest = runner.req_to_token_pool.req_to_token.shape[1]
+        self._continuing = Continuing(self.memory.config.select_steps)
+        self._eager: tuple[tuple[int, int], DecodeStep] | None = None
+        self._steps: dict[int, DecodeStep] = {}
+        """Of CUDA graphs, by requests."""
+        self._captured: Any = None
+        """What the tables were like when graphs were captured."""
+        self.reading: Reading | None = None
+        """Of the decode step that is planned or captured next."""
 
     def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
         super().init_forward_metadata(forward_batch)
         self._plan = None
-        if not forward_batch.forward_mode.is_idle():
+        if forward_batch.forward_mode.is_idle():
+            return
+        if self._decoding is not None and forward_batch.forward_mode.is_decode():
+            self._plan_eager(forward_batch)
+        else:
             self._plan = self._make_plan(forward_batch)
+
+    # Decode steps by kernels.
+
+    def _plan_eager(self, batch: ForwardBatch) -> None:
+        lengths = _lengths(batch)
+        # Few sizes, so that buffers last.
+        size = len(lengths), 1 << max(sum(map(pages_for, lengths)) - 1, 63).bit_length()
+        if self._eager is None or self._eager[0] != size:
+            self._eager = size, self._decoding.allocate(*size)
+        step = self._eager[1]
+        self.choose_reading(batch, step)
+        self._decoding.plan(step, self.req_to_token_pool.req_to_token, batch.req_pool_indices, batch.seq_lens)
+        self._plan = _Decode(step, self.reading, self._write_loc(batch))
+
+    def _write_loc(self, batch: ForwardBatch) -> KVWriteLoc:
+        return KVWriteLoc(batch.out_cache_loc, full_loc=self.memory.table.dense_slots(batch.out_cache_loc))
+
+    def choose_reading(self, batch: ForwardBatch, buffers: object | None) -> None:
+        """Decide what the next decode step reads; `buffers` tells where it would keep a selection, None: nowhere."""
+        lengths = _lengths(batch)
+        self.reading = self._decoding.reading(lengths)
+        if self.reading is not Reading.SELECTED or buffers is None or batch.rids is None:
+            self._continuing.forget()
+        elif self._continuing.goes_on(buffers, batch.rids, lengths, self.memory.lifecycle.counters.encoded):
+            self.reading = Reading.AS_BEFORE
+
+    @property
+    def has_graphs(self) -> bool:
+        """Whether decode steps can be captured."""
+        return self._decoding is not None
+
+    @property
+    def readings(self) -> list[Reading]:
+        """What CUDA graphs are captured for."""
+        return self._decoding.readings
+
+    def can_replay(self, batch: ForwardBatch) -> bool:
+        """Whether graphs fit what a batch reads."""
+        if not self._steps or self._captured != self._readers.table_sizes():
+            return False
+        return sum(map(pages_for, _lengths(batch))) + max(self._steps) <= most_pages(self._longest)
+
+    def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None:
+        self._captured = self._readers.table_sizes()
+
+    def get_cuda_graph_seq_len_fill_value(self) -> int:
+        return 1
+
+    def init_forward_metadata_out_graph(self, forward_batch: ForwardBatch, in_capture: bool = False) -> None:
+        requests = forward_batch.batch_size
+        if requests not in self._steps:
+            self._steps[requests] = self._decoding.allocate(requests, room_for(requests, self._longest))
+        self._decoding.plan(
+            self._steps[requests],
+            self.req_to_token_pool.req_to_token,
+            forward_batch.req_pool_indices,
+            forward_batch.seq_lens,
+        )
+
+    def init_forward_metadata_in_graph(self, forward_batch: ForwardBatch) -> None:
+        step = self._steps[forward_batch.batch_size]
+        self._plan = _Decode(step, self.reading, self._write_loc(forward_batch))
+
+    # Everything else.
 
     def _make_plan(self, batch: ForwardBatch) -> _Plan:
         table = self.memory.table
-        seq_lens = batch.seq_lens_cpu if batch.seq_lens_cpu is not None else batch.seq_lens.cpu()
-        lengths = seq_lens.tolist()
+        lengths = _lengths(batch)
+        seq_lens = torch.tensor(lengths)
         if batch.forward_mode.is_decode():
             extend_lens = torch.ones_like(seq_lens)
         else:
@@ -81,14 +172,14 @@ class MosaicAttentionBackend(TorchNativeAttnBackend):
                 queries = first_query[i + 1] - first_query[i]
                 mixed.append(Sequence(own, tokens, first_query[i], queries, keys[i]))
         return _Plan(
-            write_loc=KVWriteLoc(batch.out_cache_loc, full_loc=table.dense_slots(batch.out_cache_loc)),
+            write_loc=self._write_loc(batch),
             rows=table.dense_slots(slots),
             seq_lens=seq_lens,
             prefix_lens=seq_lens - extend_lens,
             extend_lens=extend_lens,
             dense=_runs(is_dense),
             first_query=first_query,
-            mixed=self._readers.plan(mixed, decoding) if mixed else None,
+            mixed=self._readers.plan(mixed) if mixed else None,
         )
 
     def forward_extend(
@@ -107,6 +198,10 @@ class MosaicAttentionBackend(TorchNativeAttnBackend):
         if save_kv_cache and k is not None and v is not None:
             self.token_to_kv_pool.set_kv_buffer(layer, plan.write_loc, k, v)
         queries = q.reshape(-1, layer.tp_q_head_num, layer.qk_head_dim)
+        if isinstance(plan, _Decode):
+            return self._decoding.run(
+                plan.step, plan.reading, layer.layer_id - self.start_layer, queries, layer.scaling
+            ).view(-1, layer.tp_q_head_num * layer.v_head_dim)
         out = q.new_empty(queries.shape[0], layer.tp_q_head_num, layer.v_head_dim)
         for run in plan.dense:
             tokens = slice(plan.first_query[run.start], plan.first_query[run.stop])
@@ -140,6 +235,12 @@ class MosaicAttentionBackend(TorchNativeAttnBackend):
         if self.memory.config.compresses:
             queries = q.reshape(-1, layer.tp_q_head_num, layer.qk_head_dim)
             self.memory.codec.observe_queries(layer.layer_id - self.start_layer, queries)
+
+
+def _lengths(batch: ForwardBatch) -> list[int]:
+    """Tokens of every request's context, the new ones included."""
+    lengths = batch.seq_lens if batch.seq_lens_cpu is None else batch.seq_lens_cpu
+    return lengths.tolist()
 
 
 def _runs(flags: list[bool]) -> list[range]:

@@ -31,7 +31,12 @@ def create_attention_backend(runner: Any) -> Any:
         if why is not None:
             refusals.refuse(f"this model ({why})", "choose another model, or another --attention-backend")
     _bracket_forward(runner)
-    return MosaicAttentionBackend(runner)
+    backend = MosaicAttentionBackend(runner)
+    if backend.has_graphs:
+        from sglang_mosaic.adapter.decode_graphs import MosaicDecodeGraphs
+
+        runner._decode_cuda_graph_runner_cls = lambda: MosaicDecodeGraphs
+    return backend
 
 
 def create_radix_cache(context: Any) -> Any:

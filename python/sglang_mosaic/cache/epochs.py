@@ -18,13 +18,19 @@ class EpochTable:
 
     Args:
         first_frame, frames: numbers of the mosaic frames.
+        device: of what kernels read.
         refresh_pages: encoded pages after which the first epoch is followed by another; 0: never.
         most: epochs that may be alive at a time; the oldest ones die with their last page.
     """
 
-    def __init__(self, first_frame: int, frames: int, refresh_pages: int, most: int) -> None:
+    def __init__(
+        self, first_frame: int, frames: int, refresh_pages: int, most: int, device: torch.device | str = "cpu"
+    ) -> None:
         self._first = first_frame
         self._numbers = torch.full((frames,), -1)
+        self.frame_slots = torch.full((frames,), -1, dtype=torch.int32, device=device)
+        """Slot of the epoch of every mosaic frame, at a fixed address; -1: none was written to it."""
+        self._slots: dict[int, int] = {}
         self._live: dict[int, Epoch] = {}
         self._refresh_pages = refresh_pages
         self._most = most
@@ -48,6 +54,16 @@ class EpochTable:
     def numbers(self) -> tuple[int, ...]:
         """Numbers of the live epochs."""
         return tuple(self._live)
+
+    @property
+    def slots(self) -> dict[int, int]:
+        """Where tables have the live epochs, by number: 0 to the most that may be alive - 1, for as long as they are."""
+        return self._slots
+
+    @property
+    def most(self) -> int:
+        """Epochs that may be alive at a time."""
+        return self._most
 
     def due(self, frames_in_use: Iterable[int]) -> bool:
         """Whether the next page wants a new epoch, and there is room for one. Drops epochs that no page needs."""
@@ -88,8 +104,12 @@ class EpochTable:
         self._left -= len(written)
 
     def assign(self, frames: Iterable[int], number: int) -> None:
-        """Frames are of a live epoch."""
-        self._numbers[torch.tensor([*frames], dtype=torch.int64) - self._first] = number
+        """Frames are of a live epoch. In the order of the current stream."""
+        rows = torch.tensor([*frames], dtype=torch.int64) - self._first
+        self._numbers[rows] = number
+        if self.frame_slots.is_cuda:
+            rows = rows.pin_memory().to(self.frame_slots.device, non_blocking=True)
+        self.frame_slots[rows] = self._slots[number]
 
     def of(self, frame: int) -> Epoch:
         """The epoch that a mosaic frame was written with."""
@@ -105,10 +125,12 @@ class EpochTable:
     def _add(self, epoch: Epoch) -> int:
         number = next(self._next)
         self._live[number] = epoch
+        self._slots[number] = min({*range(self._most)} - {*self._slots.values()})
         return number
 
     def _has_room(self, frames_in_use: Iterable[int]) -> bool:
         """Whether another epoch may be alive, once those that no page needs are dropped."""
         needed = {*self.numbers_of(torch.tensor([*frames_in_use], dtype=torch.int64)).tolist(), self._current}
         self._live = {number: epoch for number, epoch in self._live.items() if number in needed}
+        self._slots = {number: slot for number, slot in self._slots.items() if number in needed}
         return len(self._live) < self._most

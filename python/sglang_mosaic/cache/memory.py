@@ -57,7 +57,9 @@ class PageMemory:
         self.dense_v = dense_v
         self.table = PageTable(plan.logical_pages, plan.dense_frames, device)
         self.slab = MosaicSlab(plan.mosaic_frames, codec.frame_bytes, device)
-        self.epochs = EpochTable(self.table.first_mosaic, plan.mosaic_frames, config.refresh_pages, config.live_epochs)
+        self.epochs = EpochTable(
+            self.table.first_mosaic, plan.mosaic_frames, config.refresh_pages, config.live_epochs, device
+        )
         if epoch is not None:
             self.epochs.start(epoch)
         self._on_epoch = on_epoch

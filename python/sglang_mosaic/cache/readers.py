@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Protocol
-
-import torch
+from typing import TYPE_CHECKING
 
 from mosaic_kernels.segment_table import kernels_can
 from sglang_mosaic.cache.memory import PageMemory
-from sglang_mosaic.cache.mixed_attention import MixedAttention, Sequence
-from sglang_mosaic.cache.segment_tables import SegmentTables
+from sglang_mosaic.cache.mixed_attention import Decode, MixedAttention, Sequence
 from sglang_mosaic.cache.selection import Selections
 
-
-class Mixed(Protocol):
-    """Attention of one forward."""
-
-    def run(self, layer: int, q: torch.Tensor, out: torch.Tensor, scale: float) -> None:
-        """As `MixedAttention.run`."""
+if TYPE_CHECKING:
+    from sglang_mosaic.cache.decode_attention import DecodeAttention
 
 
 class Readers:
@@ -28,31 +21,34 @@ class Readers:
         group: query heads per KV head.
     """
 
+    decoding: DecodeAttention | None = None
+    """Attention of decode steps by kernels; None: there are none for this pool, `plan` plans everything."""
+
     def __init__(self, memory: PageMemory, group: int) -> None:
         self._memory = memory
         config = memory.config
         self._selections = Selections(config) if config.select else None
+        self._tables, self._decode = None, None
+        k, v = memory.dense_k[0], memory.dense_v[0]
         # Only the codec of this project has kernels; the baselines are there to be compared with.
-        self._tables = None
-        dims = memory.dense_k[0].shape[-1], memory.dense_v[0].shape[-1]
-        if memory.slab.frames.is_cuda and config.codec == "planes" and kernels_can(*dims, group):
+        if memory.slab.frames.is_cuda and config.codec == "planes" and kernels_can(k.shape[-1], v.shape[-1], group):
             # Imported here: Triton needs a GPU's driver.
-            from sglang_mosaic.cache.kernel_attention import SharedSelections
+            from sglang_mosaic.cache.decode_attention import DecodeAttention
+            from sglang_mosaic.cache.frame_decoder import frame_decoder
+            from sglang_mosaic.cache.segment_tables import SegmentTables
 
-            self._tables, self._shared = SegmentTables(memory), SharedSelections(config.select_steps)
+            # A CUDA graph may be captured before there is an epoch to tell what scans will read.
+            self._tables = SegmentTables(memory, scanned=k.shape[-1] if not memory.epochs.live else 0)
+            self._decode: Decode | None = frame_decoder(memory, self._tables)
+            self.decoding = DecodeAttention(memory, self._tables, group)
 
-    def plan(self, sequences: list[Sequence], decoding: bool) -> Mixed:
-        """Attention of requests with at least one mosaic page each.
+    def table_sizes(self) -> object:
+        """What kernels are compiled for now; CUDA graphs captured for something else read wrong."""
+        self._tables.update()
+        return self._tables.sizes
 
-        Args:
-            decoding: each has one new token.
-        """
-        if self._tables is None:
-            return MixedAttention(self._memory, sequences, self._selections)
-        from sglang_mosaic.cache.kernel_attention import KernelAttention, kernel_decoder
-
-        if decoding:
-            return KernelAttention(self._memory, self._tables, sequences, self._shared)
-        return MixedAttention(
-            self._memory, sequences, self._selections, decode=kernel_decoder(self._memory, self._tables)
-        )
+    def plan(self, sequences: list[Sequence]) -> MixedAttention:
+        """Attention of requests with at least one mosaic page each."""
+        if self._tables is not None:
+            self._tables.update()
+        return MixedAttention(self._memory, sequences, self._selections, decode=self._decode)

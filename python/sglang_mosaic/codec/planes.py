@@ -74,6 +74,16 @@ class PlanesEpoch(Epoch):
         """Bytes of a frame that the layers use."""
         return self._spans[-1].stop
 
+    @property
+    def most_formats(self) -> int:
+        """Formats of any head."""
+        return int(self._format_counts.max())
+
+    @property
+    def most_scanned(self) -> int:
+        """Channels of K that a scan of any head reads."""
+        return max(head.selection.scan_channels for layer in self.layers for head in layer.heads)
+
     def span(self, layer: int) -> slice:
         return self._spans[layer]
 

@@ -1,0 +1,215 @@
+"""Attention of decoding requests over the pool, straight from the compressed bytes (Triton).
+
+The same results as mixed_attention.py, up to float16: its plain torch is the reference. What a step reads is planned on
+the device (mosaic_kernels/plan_step), in buffers of fixed size and address, so that neither the host waits for the page
+table nor a CUDA graph cares what is compressed. Long compressed contexts may select the tokens that they read; those of
+another epoch are selected among themselves.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import torch
+
+from mosaic_kernels.attend_dense.launch import attend_dense
+from mosaic_kernels.attend_pages.launch import attend_pages
+from mosaic_kernels.attend_selected.launch import attend_selected
+from mosaic_kernels.combine.launch import combine
+from mosaic_kernels.far_field.launch import far_field
+from mosaic_kernels.page_batch import LEAST_PAGES, LEAST_SCANNED
+from mosaic_kernels.plan_step.launch import plan_step
+from mosaic_kernels.plan_step.step import Shape, StepPlan, allocate
+from mosaic_kernels.rotate_queries.launch import rotate_queries
+from mosaic_kernels.scan.launch import scan
+from mosaic_kernels.select.launch import select
+from mosaic_kernels.select.selection import Selected
+from sglang_mosaic.cache.memory import PageMemory
+from sglang_mosaic.cache.reading import Reading
+from sglang_mosaic.cache.segment_tables import LayerTables, SegmentTables
+from sglang_mosaic.page import PAGE_SIZE
+
+PROGRAMS_PER_PROCESSOR = 16
+"""Programs that keep a multiprocessor busy."""
+CROSSOVER = 1 << 19
+"""Tokens times KV heads of a batch below which reading all takes no longer than selecting (measured at 1, 8 and 32
+requests, docs/kernels.md)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Kept:
+    """A selection of one layer that later steps go on with."""
+
+    selected: Selected
+    lse: torch.Tensor
+    """float32 [items, H, group] of what was selected, in the step that selected it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class DecodeStep:
+    """Buffers of a step of so many requests."""
+
+    plan: StepPlan
+    kept: list[Kept]
+    """By layer; empty if no step goes on with another's selection."""
+
+
+class DecodeAttention:
+    """Planned once a step, run once a layer; the same calls whether they are captured or not.
+
+    Args:
+        memory: the pool; its epochs are `PlanesEpoch`s.
+        tables: of the pool.
+        group: query heads per KV head.
+    """
+
+    def __init__(self, memory: PageMemory, tables: SegmentTables, group: int) -> None:
+        self._memory, self._tables, self._group = memory, tables, group
+        self._heads = memory.dense_k[0].shape[1]
+        self._programs = PROGRAMS_PER_PROCESSOR * _processors(memory.slab.frames.device)
+        self._selects = bool(memory.config.select)
+        self._kept: list[list[torch.Tensor]] = []
+
+    def allocate(self, requests: int, pages: int) -> DecodeStep:
+        """Buffers for steps of so many requests, which together have at most so many pages."""
+        config = self._memory.config
+        shape = Shape(
+            requests, self._memory.epochs.most, pages, self._heads, self._programs, PAGE_SIZE,
+            least_pages=LEAST_SCANNED if self._selects else LEAST_PAGES,
+            share=config.select, least_selected=config.least_selected if self._selects else 0,
+        )  # fmt: skip
+        keeps = self._selects and config.select_steps > 1
+        return DecodeStep(allocate(shape, self._memory.slab.frames.device), self._keep(shape) if keeps else [])
+
+    def plan(
+        self, step: DecodeStep, req_to_token: torch.Tensor, requests: torch.Tensor, lengths: torch.Tensor
+    ) -> None:
+        """Put into a step's buffers what its requests read; arguments as of `plan_step`."""
+        memory = self._memory
+        self._tables.update()
+        plan_step(
+            step.plan, req_to_token, requests, lengths,
+            memory.table.frames, memory.epochs.frame_slots, memory.table.first_mosaic,
+        )  # fmt: skip
+
+    def reading(self, lengths: Sequence[int]) -> Reading:
+        """What a step of contexts of so many tokens reads; where it is `SELECTED`, it may also go on with another's."""
+        if not self._memory.lifecycle.mosaic.used:
+            return Reading.NOTHING
+        if not self._selects:
+            return Reading.ALL
+        config = self._memory.config
+        long = sum(tokens for tokens in lengths if tokens >= config.least_selected)
+        if not long or (config.select_from is None and long * self._heads < CROSSOVER):
+            return Reading.ALL
+        return Reading.SELECTED
+
+    @property
+    def readings(self) -> list[Reading]:
+        """Those that occur."""
+        if not self._memory.config.compresses:
+            return [Reading.NOTHING]
+        found = [Reading.NOTHING, Reading.ALL]
+        if self._selects:
+            found.append(Reading.SELECTED)
+        if self._selects and self._memory.config.select_steps > 1:
+            found.append(Reading.AS_BEFORE)
+        return found
+
+    def run(self, step: DecodeStep, reading: Reading, layer: int, q: torch.Tensor, scale: float) -> torch.Tensor:
+        """Attention of one layer, K and V of the new tokens already written.
+
+        Args:
+            step: planned.
+            reading: of all layers of the step.
+            layer: index among this rank's layers.
+            q: [requests, Hq, k_dim], heads and channels contiguous.
+            scale: factor of the logits.
+
+        Returns:
+            [requests, Hq, v_dim] in the type of q.
+        """
+        slabs = self._memory.dense_k[layer], self._memory.dense_v[layer]
+        nothing = reading is Reading.NOTHING
+        dense_out, dense_lse = attend_dense(
+            q, *slabs, step.plan.dense, scale, PAGE_SIZE, q.dtype if nothing else torch.float32
+        )
+        if nothing:
+            return dense_out
+        tables = self._tables.layer(layer)
+        batch, data = step.plan.mosaic, self._memory.slab.frames
+        rotated = rotate_queries(q, tables.q_basis, batch)
+        if reading is Reading.ALL:
+            found = attend_pages(rotated, data, batch, tables.formats, scale)
+            parts = [(*found, batch.first_piece)]
+        else:
+            parts = self._read_selected(step, reading, layer, rotated, tables, dense_lse, scale)
+        return combine(parts, batch, tables.v_unrotate, dense_out, dense_lse).to(q.dtype)
+
+    def _read_selected(
+        self,
+        step: DecodeStep,
+        reading: Reading,
+        layer: int,
+        rotated: torch.Tensor,
+        tables: LayerTables,
+        dense_lse: torch.Tensor,
+        scale: float,
+    ) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+        data, formats = self._memory.slab.frames, tables.formats
+        batch, room = step.plan.mosaic, step.plan.selection
+        if reading is Reading.SELECTED:
+            keys, page_lse = scan(rotated, data, dense_lse, batch, formats, scale)
+            chosen = select(keys, page_lse, batch, room, formats, self._memory.config.select_top_p)
+        else:
+            chosen = step.kept[layer].selected
+        near = attend_selected(rotated, data, batch, room, chosen, formats, scale)
+        out, lse = far_field(chosen.far, data, batch, formats)
+        if step.kept:
+            now, kept = _by_item(near[1], room.pieces, len(batch.epochs)), step.kept[layer]
+            if reading is Reading.SELECTED:
+                torch._foreach_copy_([*kept.selected, kept.lse], [*chosen, now])
+            else:
+                # Queries of later steps have other logits; the far field is taken to keep its share.
+                drift = torch.where(now.isfinite() & kept.lse.isfinite(), now - kept.lse, 0.0)
+                lse = lse + drift[batch.pieces[:, 0].clamp_min(0).long()]
+        return [(*near, room.first_piece), (out, lse, batch.first_piece)]
+
+    def _keep(self, shape: Shape) -> list[Kept]:
+        """Room for every layer's selection, which all steps share: only the last one's is ever gone on with."""
+        items, device = shape.requests * shape.epochs, self._memory.slab.frames.device
+        shapes = (
+            (self._heads, shape.room),
+            (self._heads, items),
+            (self._heads, shape.pages, self._group),
+            (items, self._heads, self._group),
+        )
+        types = torch.int32, torch.int32, torch.float32, torch.float32
+        sizes = [math.prod(size) for size in shapes]
+        if not self._kept or any(len(x) < size for x, size in zip(self._kept[0], sizes, strict=True)):
+            self._kept = [
+                [torch.zeros(size, dtype=dtype, device=device) for size, dtype in zip(sizes, types, strict=True)]
+                for _ in self._memory.dense_k
+            ]
+        kept = []
+        for of_layer in self._kept:
+            *selected, lse = (x[: math.prod(size)].view(size) for x, size in zip(of_layer, shapes, strict=True))
+            kept.append(Kept(Selected(*selected), lse))
+        return kept
+
+
+def _by_item(lse: torch.Tensor, pieces: torch.Tensor, items: int) -> torch.Tensor:
+    """Log-sum-exp [pieces, H, group] of pieces -> of items [items, H, group]; -inf: has no piece."""
+    item = pieces[:, 0].long()
+    lse = torch.where((item >= 0)[:, None, None], lse, -torch.inf)
+    item = item.clamp_min(0)
+    index = item[:, None, None].expand_as(lse)
+    top = lse.new_full((items, *lse.shape[1:]), -torch.inf).scatter_reduce(0, index, lse, "amax")
+    shift = torch.where(top == -torch.inf, 0.0, top)
+    return shift + torch.zeros_like(top).scatter_add(0, index, torch.exp(lse - shift[item])).log()
+
+
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
