@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mosaic_kernels.attend import reference
-from mosaic_kernels.attend.launch import attend
+from mosaic_kernels.attend.launch import attend, attend_causally
 from triton_device import DEVICE
 
 SCALE = 0.1
@@ -71,3 +71,20 @@ def test_shapes_that_do_not_fit_are_refused() -> None:
     q, k, v = tensors(6, 30, 2, 2, 64, torch.bfloat16)
     with pytest.raises(ValueError, match="Hq a multiple of Hkv"):
         attend(q[:, :3], k, v, SCALE)
+
+
+@pytest.mark.parametrize("contexts", [[(3, 3)], [(1, 1), (70, 70), (5, 300)], [(64, 129), (1, 40), (9, 9)]], ids=str)
+@pytest.mark.parametrize(("heads", "group", "dim"), [(2, 3, 64), (1, 8, 128)])
+def test_new_tokens_of_several_contexts(contexts, heads, group, dim) -> None:
+    parts = [tensors(new, tokens, heads, group, dim, torch.bfloat16, i) for i, (new, tokens) in enumerate(contexts)]
+    wanted = [
+        reference.attend(q, k, v, SCALE, tokens - new)[0]
+        for (q, k, v), (new, tokens) in zip(parts, contexts, strict=True)
+    ]
+    news, alls = zip(*contexts, strict=True)
+    starts = (torch.tensor([0, *x]).cumsum(0, dtype=torch.int32).to(DEVICE) for x in (news, alls))
+    q = torch.cat([q for q, *_ in parts])
+    k, v = (torch.cat([part[i].transpose(0, 1) for part in parts]) for i in (1, 2))
+    found = attend_causally(q, k, v, *starts, max(news), max(alls), SCALE)
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found.float(), torch.cat(wanted), rtol=0.02, atol=0.02)

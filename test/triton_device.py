@@ -14,7 +14,8 @@ INTERPRETED = DEVICE == "cpu"
 
 OPS = (
     "attend_dense", "attend_pages", "attend_selected", "combine", "far_field", "plan_step", "query_squares",
-    "rotate_pages", "rotate_queries", "scan", "segment_choice", "segment_decode", "segment_encode", "segment_error", "select",
+    "rotate_pages", "rotate_queries", "scan", "segment_choice", "segment_decode", "segment_encode", "segment_error",
+    "select",
 )  # fmt: skip
 
 if INTERPRETED:

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # for `import benchmark` when run by path
 
 import triton
+import triton.language as tl
 from tqdm import tqdm
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -28,18 +29,25 @@ from triton.compiler import ASTSource
 from benchmark.common.options import integer
 from benchmark.common.report import environment, write_json
 from benchmark.common.stats import format_table
+from mosaic_kernels.attend_dense import launch as attend_dense
+from mosaic_kernels.attend_dense.kernel import attend_dense_kernel, merge_pieces_kernel
 from mosaic_kernels.attend_pages import launch as attend_pages
 from mosaic_kernels.attend_pages.kernel import attend_pages_kernel
 from mosaic_kernels.attend_selected import launch as attend_selected
 from mosaic_kernels.attend_selected.kernel import attend_selected_kernel
 from mosaic_kernels.combine import launch as combine
-from mosaic_kernels.combine.kernel import combine_kernel
+from mosaic_kernels.combine.kernel import combine_kernel, join_items_kernel
 from mosaic_kernels.far_field import launch as far_field
 from mosaic_kernels.far_field.kernel import far_field_kernel
+from mosaic_kernels.plan_step import launch as plan_step
+from mosaic_kernels.plan_step.kernel import count_pages_kernel, place_pages_kernel
+from mosaic_kernels.plan_step.step import SHARE_BITS
 from mosaic_kernels.query_squares import launch as query_squares
 from mosaic_kernels.query_squares.kernel import add_squares_kernel
 from mosaic_kernels.rotate_pages import launch as rotate_pages
 from mosaic_kernels.rotate_pages.kernel import rotate_kernel
+from mosaic_kernels.rotate_queries import launch as rotate_queries
+from mosaic_kernels.rotate_queries.kernel import rotate_queries_kernel
 from mosaic_kernels.scan import launch as scan
 from mosaic_kernels.scan.kernel import scan_kernel
 from mosaic_kernels.segment_choice import launch as segment_choice
@@ -56,13 +64,17 @@ from mosaic_kernels.select.kernel import collect_kernel, count_kernel, threshold
 
 TYPES = {
     "data": "*u8", "frame_bytes": "i64", "scale": "fp32", "top_p": "fp32", "keys": "*i16",
-    "pages": "i32", "room": "i32", "items": "i32", "epoch": "i32",
+    "pages": "i32", "room": "i32", "items": "i32", "epoch": "i32", "heads": "i32", "first_mosaic": "i32",
+    **dict.fromkeys(("capacity", "programs", "dense_programs", "least_pages", "share", "least_selected"), "i32"),
+    **dict.fromkeys(("row_stride", "q_stride", "k_stride", "v_stride"), "i32"),
+    "page_table": "*i64", "lengths": "*i64",
     "rows": "i32", "page_stride": "i64", "token_stride": "i64", "head_stride": "i64", "channel_stride": "i64",
     "x": "*bf16", "digits": "*i8",
     "k_out": "*bf16", "v_out": "*bf16", "dense_out": "*bf16", "result": "*bf16",
 } | dict.fromkeys(
     ("q", "known_lse", "page_lse", "far", "far_bias", "unrotate", "dense_lse",
-     "k_rot", "v_rot", "v_roots", "errors", "out", "lse", "out_a", "lse_a", "out_b", "lse_b"), "*fp32",
+     "k_rot", "v_rot", "v_roots", "errors", "out", "lse", "out_a", "lse_a", "out_b", "lse_b", "joined",
+     "joined_lse"), "*fp32",
 ) | dict.fromkeys(("sums", "shares", "k_weights", "v_weights"), "*fp64")  # fmt: skip
 """Of kernel arguments; the others are pointers to int32."""
 _DIVISIBLE = "frame_bytes", "page_stride", "token_stride", "head_stride"
@@ -86,6 +98,8 @@ class Kernel(NamedTuple):
 
 
 WIDE = "ROWS", MOST_GROUP
+_STEP = ("T", 64), ("EPOCHS", 4), ("KINDS", 8), ("BLOCK", plan_step.BLOCK), ("SELECT", True), ("SHARE_BITS", SHARE_BITS)
+_ROWS = (("requests", "*i64"),)
 _RARE = ("ANY_TOPK", True), ("ANY_EXCEPTIONS", True)
 KERNELS = {
     "query_squares": Kernel(
@@ -108,8 +122,27 @@ KERNELS = {
     "select: collect": Kernel(collect_kernel, select, (("PAGES", select.TILE_PAGES), ("PIECES", select.TILE_PIECES))),
     "attend_selected": Kernel(attend_selected_kernel, attend_selected, (("TILE", attend_selected.TILE),)),
     "far_field": Kernel(far_field_kernel, far_field, (("PAGES", far_field.TILE_PAGES),)),
-    "combine": Kernel(combine_kernel, combine, (("PIECES", combine.PIECES), WIDE)),
-}
+    "combine: join": Kernel(join_items_kernel, combine, (("PIECES", combine.PIECES),), "JOIN_WARPS"),
+    "combine": Kernel(combine_kernel, combine, (("COLUMNS", combine.COLUMNS), WIDE)),
+    "plan_step: count": Kernel(count_pages_kernel, plan_step, _STEP, types=_ROWS),
+    "plan_step: place": Kernel(place_pages_kernel, plan_step, (*_STEP, ("CUT", plan_step.CUT), ("N", 64)), types=_ROWS),
+    "rotate_queries": Kernel(
+        rotate_queries_kernel,
+        rotate_queries,
+        (("COLUMNS", rotate_queries.COLUMNS), WIDE),
+        types=(("q", "*bf16"), ("basis", "*fp32")),
+    ),
+    "attend_dense": Kernel(
+        attend_dense_kernel,
+        attend_dense,
+        (("T", 64), ("FACTOR", tl.bfloat16), WIDE),
+        types=(("q", "*bf16"), ("k", "*bf16"), ("v", "*bf16"), ("factor", "fp32")),
+    ),
+    "attend_dense: merge": Kernel(
+        merge_pieces_kernel, attend_dense, (("PIECES", attend_dense.PIECES),), "MERGE_WARPS",
+        types=(("result", "*bf16"), ("result_lse", "*fp32")),
+    ),
+}  # fmt: skip
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:

@@ -20,7 +20,7 @@ ITEM, FIRST, LAST = 0, 1, 2
 """Columns of `pieces`."""
 
 
-LEAST_PAGES, LEAST_SCANNED = 4, 16
+LEAST_PAGES, LEAST_SCANNED = 2, 16
 """Of a piece, for which its fixed costs are small: where all is read; where tokens are selected, which costs more per
 piece and less per page."""
 

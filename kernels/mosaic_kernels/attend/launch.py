@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 
 from mosaic_kernels.attend import reference
-from mosaic_kernels.constants import constant
 from mosaic_kernels.merge_lse.reference import merge
 
 _FLASH_DTYPES = torch.bfloat16, torch.float16
@@ -45,35 +42,41 @@ def attend(
     return merge(*new, *_flash(q, k[:, :causal_offset], v[:, :causal_offset], scale, causal=False))
 
 
-def attend_each(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, starts: torch.Tensor, lengths: Sequence[int], scale: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """One query of each of R requests over keys of its own; otherwise as `attend`.
+def attend_causally(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    most_queries: int,
+    most_keys: int,
+    scale: float,
+) -> torch.Tensor:
+    """The last tokens of R contexts attend to what lies before each of them and to itself.
 
     Args:
-        q: [R, Hq, D] float.
-        k, v: [keys of all requests, Hkv, D], one request after the other.
-        starts: int32 [R + 1] where each request's begin, and the end, on the device.
-        lengths: keys of each, the same on the host; 0 is allowed.
+        q: [new tokens of all contexts, Hq, D] float.
+        k, v: [tokens of all contexts, Hkv, D], one context after the other.
+        queries, keys: int32 [R + 1], where each context's new tokens and tokens begin, and the ends.
+        most_queries, most_keys: of any context.
         scale: factor of the logits.
 
     Returns:
-        out [R, Hq, D] and lse [R, Hq], float32.
+        [new tokens, Hq, D] in the type of q.
     """
-    if not _flash_can(q, k.transpose(0, 1), v.transpose(0, 1)):
-        own = zip(q[:, None], k.split(list(lengths)), v.split(list(lengths)), strict=True)
-        found = [reference.attend(one, keys.transpose(0, 1), x.transpose(0, 1), scale) for one, keys, x in own]
-        return torch.cat([out for out, _ in found]), torch.cat([lse for _, lse in found])
-    queries = constant(tuple(range(len(q) + 1)), torch.int32, q.device)
-    out, lse, *_ = torch.ops.aten._flash_attention_forward(
-        _as(q, k.dtype), k, v, queries, starts, 1, max(lengths), 0.0, False, False, scale=scale
-    )
-    out, lse = out.float(), lse.transpose(0, 1).contiguous()
-    if 0 in lengths:
-        # What flash attention says of nothing differs between its versions.
-        absent = (starts[1:] == starts[:-1])[:, None]
-        out, lse = out.masked_fill(absent[..., None], 0.0), lse.masked_fill(absent, -torch.inf)
-    return out, lse
+    if _flash_can(q, k.transpose(0, 1), v.transpose(0, 1)):
+        # Its mask ends in the corner of the last query and the last key.
+        out, *_ = torch.ops.aten._flash_attention_forward(
+            _as(q, k.dtype), k, v, queries, keys, most_queries, most_keys, 0.0, True, False, scale=scale
+        )
+        return out.to(q.dtype)
+    found = []
+    for first, last, start, stop in zip(
+        *(x.tolist() for x in (queries[:-1], queries[1:], keys[:-1], keys[1:])), strict=True
+    ):
+        own = k[start:stop].transpose(0, 1), v[start:stop].transpose(0, 1)
+        found.append(reference.attend(q[first:last], *own, scale, stop - start - (last - first))[0])
+    return torch.cat(found).to(q.dtype)
 
 
 def _flash_can(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:

@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 from mosaic_kernels.load_piece import load_piece
+from mosaic_kernels.merge_pieces import add_pieces, join_pieces, no_pieces
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 
@@ -47,40 +48,24 @@ def attend_dense_kernel(
         top = new_top
     to = (piece * HEADS + head) * GROUP + r
     tl.store(
-        out + to[:, None] * V_DIM + d[None, :], summed / total[:, None], mask=(r < GROUP)[:, None] & (d < V_DIM)[None, :]
+        out + to[:, None] * V_DIM + d[None, :],
+        summed / total[:, None],
+        mask=(r < GROUP)[:, None] & (d < V_DIM)[None, :],
     )
     tl.store(lse + to, (top + tl.log2(total)) / LOG2_E, mask=r < GROUP)
 
 
 @triton.jit
 def merge_pieces_kernel(
-    out, lse, first_piece, result, result_lse,
-    HEADS: tl.constexpr, GROUP: tl.constexpr, DV: tl.constexpr, V_DIM: tl.constexpr, PIECES: tl.constexpr,
+    out, lse, first_piece, result, result_lse, heads,
+    DV: tl.constexpr, V_DIM: tl.constexpr, PIECES: tl.constexpr,
 ):  # fmt: skip
-    """One program: a request and a query head. out [pieces, HEADS, GROUP, V_DIM] -> result [requests, Hq, V_DIM]."""
+    """One program: a request and a query head. out [pieces, heads, V_DIM] -> result [requests, heads, V_DIM]."""
     request, head = tl.program_id(0), tl.program_id(1)
-    d = tl.arange(0, DV)
-    top = tl.full([PIECES], float("-inf"), tl.float32)
-    total = tl.zeros([PIECES], tl.float32)
-    summed = tl.zeros([PIECES, DV], tl.float32)
-    last = tl.load(first_piece + request + 1)
-    for at in range(tl.load(first_piece + request), last, PIECES):
-        piece = at + tl.arange(0, PIECES)
-        there = piece < last
-        row = piece * (HEADS * GROUP) + head
-        found = tl.load(lse + row, mask=there, other=float("-inf"))
-        values = tl.load(out + row[:, None] * V_DIM + d[None, :], mask=there[:, None] & (d < V_DIM)[None, :], other=0)
-        new_top = tl.maximum(top, found)
-        shift = tl.where(new_top == float("-inf"), 0.0, new_top)
-        decay, weight = tl.exp(top - shift), tl.exp(found - shift)
-        total = total * decay + weight
-        summed = summed * decay[:, None] + values * weight[:, None]
-        top = new_top
-    highest = tl.max(top, 0)
-    shift = tl.where(highest == float("-inf"), 0.0, highest)
-    share = tl.exp(top - shift)
-    total = tl.sum(total * share, 0)
-    mean = tl.sum(summed * share[:, None], 0) / tl.where(total == 0, 1.0, total)
-    to = request * (HEADS * GROUP) + head
-    tl.store(result + to * V_DIM + d, mean.to(result.dtype.element_ty), mask=d < V_DIM)
-    tl.store(result_lse + to, shift + tl.log(total))
+    top, total, summed = no_pieces(PIECES, DV)
+    first, last = tl.load(first_piece + request), tl.load(first_piece + request + 1)
+    top, total, summed = add_pieces(top, total, summed, out, lse, first, last, head, heads, DV, V_DIM, PIECES)
+    mean, found = join_pieces(top, total, summed)
+    row, d = request * heads + head, tl.arange(0, DV)
+    tl.store(result + row * V_DIM + d, mean.to(result.dtype.element_ty), mask=d < V_DIM)
+    tl.store(result_lse + row, found)

@@ -6,11 +6,13 @@ from collections.abc import Sequence
 
 import torch
 
-from mosaic_kernels.combine.kernel import combine_kernel
+from mosaic_kernels.combine.kernel import combine_kernel, join_items_kernel
 from mosaic_kernels.page_batch import PageBatch
 from mosaic_kernels.segment_table import MOST_GROUP, padded
 
-WARPS, PIECES = 8, 8
+WARPS, COLUMNS = 4, 32
+JOIN_WARPS, PIECES = 4, 32
+"""PIECES: that a program looks at side by side."""
 
 
 def combine(
@@ -19,6 +21,7 @@ def combine(
     unrotate: torch.Tensor,
     dense_out: torch.Tensor,
     dense_lse: torch.Tensor,
+    dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
     """Attention over dense pages and everything that the pieces read.
 
@@ -29,9 +32,10 @@ def combine(
         unrotate: float32 [E, H, v_dim, v_dim], contiguous: rotated output times this is the output.
         dense_out: [requests, H * group, v_dim] any float, contiguous; dense_lse: [requests, H * group], natural, -inf
             where a request has no dense tokens.
+        dtype: of the result; None: that of `dense_out`.
 
     Returns:
-        [requests, H * group, v_dim] in the type of `dense_out`; requests without any token: 0.
+        [requests, H * group, v_dim]; requests without any token: 0.
 
     Raises:
         ValueError: shapes or types.
@@ -49,10 +53,18 @@ def combine(
     tensors = [x for part in parts for x in part]
     if any(not x.is_contiguous() for x in (*tensors, unrotate, dense_out, dense_lse)):
         raise ValueError("all tensors must be contiguous")
-    result = torch.empty_like(dense_out)
-    combine_kernel[requests, heads](
-        *parts[0], *parts[-1], dense_out, dense_lse, unrotate, batch.first_item, batch.epochs, result,
-        HEADS=heads, GROUP=group, R=padded(group), ROWS=MOST_GROUP, DV=padded(v_dim), V_DIM=v_dim, PIECES=PIECES,
-        TWO=len(parts) == 2, num_warps=WARPS,
-    )  # fmt: skip
+    result = torch.empty_like(dense_out, dtype=dtype)
+    items, columns = len(batch.epochs), min(COLUMNS, padded(v_dim))
+    joined = torch.empty(items, heads, group, v_dim, device=dense_out.device)
+    joined_lse = torch.empty(items, heads, group, device=dense_out.device)
+    if items:
+        join_items_kernel[items, heads * group](
+            *parts[0], *parts[-1], batch.epochs, joined, joined_lse, heads * group,
+            DV=padded(v_dim), V_DIM=v_dim, PIECES=PIECES, TWO=len(parts) == 2, num_warps=JOIN_WARPS,
+        )  # fmt: skip
+    if requests:
+        combine_kernel[requests, heads, -(-v_dim // columns)](
+            joined, joined_lse, dense_out, dense_lse, unrotate, batch.first_item, batch.epochs, result,
+            HEADS=heads, GROUP=group, ROWS=MOST_GROUP, DV=padded(v_dim), V_DIM=v_dim, COLUMNS=columns, num_warps=WARPS,
+        )  # fmt: skip
     return result

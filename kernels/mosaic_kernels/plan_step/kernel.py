@@ -5,9 +5,7 @@ import triton.language as tl
 
 
 @triton.jit
-def _find_pages(
-    req_to_token, row, page, pages, page_table, slots, first_mosaic, T: tl.constexpr, EPOCHS: tl.constexpr
-):
+def _find_pages(req_to_token, row, page, pages, page_table, slots, first_mosaic, T: tl.constexpr, EPOCHS: tl.constexpr):
     """Kind (slot of its epoch; EPOCHS: not compressed; beyond: no page) and row of the pages [N] of a request."""
     there = page < pages
     token = tl.load(req_to_token + row + page.to(tl.int64) * T, mask=there, other=0)
@@ -86,7 +84,7 @@ def place_pages_kernel(
     frames, epochs, owners, pieces, first_page, first_piece, first_item,
     most, first_token, token_pieces, first_token_piece,
     dense_frames, dense_first_page, dense_tokens, dense_pieces, dense_first_piece,
-    capacity, heads, programs, least_pages, share, least_selected,
+    capacity, heads, programs, dense_programs, least_pages, share, least_selected,
     T: tl.constexpr, EPOCHS: tl.constexpr, N: tl.constexpr, SELECT: tl.constexpr, SHARE_BITS: tl.constexpr,
     BLOCK: tl.constexpr, CUT: tl.constexpr,
 ):  # fmt: skip
@@ -146,7 +144,7 @@ def place_pages_kernel(
     # The others.
     m = tl.arange(0, N)
     of_request = tl.load(counts + m * (EPOCHS + 1) + EPOCHS, mask=m < count, other=0)
-    size = tl.maximum((tl.sum(of_request) * heads + programs - 1) // programs, 1)
+    size = tl.maximum((tl.sum(of_request) * heads + dense_programs - 1) // dense_programs, 1)
     in_pieces = (of_request + size - 1) // size
     first = tl.sum(tl.where(m < r, of_request, 0))
     piece = tl.sum(tl.where(m < r, in_pieces, 0))

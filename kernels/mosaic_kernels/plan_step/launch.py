@@ -57,7 +57,8 @@ def plan_step(
     selection = plan.selection[:4] if plan.selection else (mosaic.first_page,) * 4
     place_pages_kernel[grid](
         *where, *mosaic, *selection, *dense,
-        shape.pieces, shape.heads, shape.programs, shape.least_pages, shape.share_units, shape.least_selected,
+        shape.pieces, shape.heads, shape.programs, shape.dense_programs, shape.least_pages, shape.share_units,
+        shape.least_selected,
         T=shape.page_size, EPOCHS=epochs, N=padded(max(shape.requests * epochs, 2)), SELECT=plan.selection is not None,
         SHARE_BITS=SHARE_BITS, BLOCK=BLOCK, CUT=CUT, num_warps=WARPS,
     )  # fmt: skip

@@ -48,7 +48,7 @@ def plan_step(
 
     count = shape.requests * shape.epochs
     of_item = [sum(r < request for r, *_ in items) for request in range(shape.requests + 1)]
-    pieces, first_piece, first_page = _cut(shape, lengths_of, shape.least_pages)
+    pieces, first_piece, first_page = _cut(shape, lengths_of, shape.programs, shape.least_pages)
     mosaic = PageBatch(
         integers(itertools.chain(*(own for *_, own in items)), shape.pages),
         integers((slot for _, slot, _ in items), count, -1),
@@ -60,7 +60,7 @@ def plan_step(
     )
     selection = None
     if shape.share:
-        pieces, first_piece, first = _cut(shape, most, size)
+        pieces, first_piece, first = _cut(shape, most, shape.programs, size)
         selection = SelectionPlan(
             integers(most, count),
             integers(first, count + 1),
@@ -68,7 +68,7 @@ def plan_step(
             integers(first_piece, count + 1),
             shape.room,
         )
-    pieces, first_piece, first_page = _cut(shape, [len(own) for own in dense], 1)
+    pieces, first_piece, first_page = _cut(shape, [len(own) for own in dense], shape.dense_programs, 1)
     return StepPlan(
         shape,
         mosaic,
@@ -90,9 +90,9 @@ def _most(shape: Shape, tokens: int) -> int:
     return max(tokens * shape.share_units >> SHARE_BITS, 1)
 
 
-def _cut(shape: Shape, lengths: list[int], least: int) -> tuple[torch.Tensor, list[int], list[int]]:
+def _cut(shape: Shape, lengths: list[int], programs: int, least: int) -> tuple[torch.Tensor, list[int], list[int]]:
     """Pieces, where each length's begin, and where it begins itself."""
-    size = max(-(-sum(lengths) * shape.heads // shape.programs), least)
+    size = max(-(-sum(lengths) * shape.heads // programs), least)
     pieces, first_piece, first = [], [0], [0]
     for i, length in enumerate(lengths):
         count = -(-length // size)

@@ -1,4 +1,4 @@
-"""What a decode step reads, in buffers of fixed size and address: a CUDA graph replays what a later plan has put there."""
+"""What a decode step reads, in buffers of fixed size and address: a CUDA graph replays whatever plan they hold."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from mosaic_kernels.page_batch import PageBatch
 from mosaic_kernels.select.selection import SelectionPlan
 
+DENSE_WARPS = 4
 SHARE_BITS = 20
 """A share of tokens is a fraction of this many bits: whole numbers, which all devices round alike."""
 
@@ -39,7 +40,7 @@ class Shape(NamedTuple):
     heads: int
     """KV heads, each of which is a program of every piece."""
     programs: int
-    """That keep the device busy."""
+    """That keep the device busy; those of uncompressed pages have DENSE_WARPS warps, and there are as many fewer."""
     page_size: int = 64
     least_pages: int = 4
     """Of a piece of compressed pages."""
@@ -51,6 +52,10 @@ class Shape(NamedTuple):
     @property
     def share_units(self) -> int:
         return round(self.share * (1 << SHARE_BITS))
+
+    @property
+    def dense_programs(self) -> int:
+        return max(self.programs // DENSE_WARPS, 1)
 
     @property
     def pieces(self) -> int:

@@ -16,15 +16,17 @@ from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 from sglang.srt.runtime_context import get_parallel
 
 from sglang_mosaic.cache.continuing import Continuing
+from sglang_mosaic.cache.dense_prefill import DensePrefill
 from sglang_mosaic.cache.mixed_attention import MixedAttention, Sequence
 from sglang_mosaic.cache.readers import Readers
 from sglang_mosaic.cache.reading import Reading, most_pages, room_for
 from sglang_mosaic.page import PAGE_SIZE, pages_for
 
 if TYPE_CHECKING:
-    from sglang_mosaic.cache.decode_attention import DecodeStep
     from sglang.srt.layers.radix_attention import RadixAttention
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
+
+    from sglang_mosaic.cache.decode_attention import DecodeStep
 
 
 @dataclasses.dataclass
@@ -39,6 +41,8 @@ class _Plan:
     extend_lens: torch.Tensor
     dense: list[range]
     """Runs of requests without a mosaic page."""
+    prefills: list[DensePrefill]
+    """Of those runs, on a GPU."""
     first_query: list[int]
     """Row of each request's first query, and the total."""
     mixed: MixedAttention | None
@@ -171,13 +175,20 @@ class MosaicAttentionBackend(TorchNativeAttnBackend):
             if not is_dense[-1]:
                 queries = first_query[i + 1] - first_query[i]
                 mixed.append(Sequence(own, tokens, first_query[i], queries, keys[i]))
+        rows, dense = table.dense_slots(slots), _runs(is_dense)
+        prefix_lens = seq_lens - extend_lens
+        prefills = []
+        if rows.is_cuda and not decoding:
+            own = [slice(run.start, run.stop) for run in dense]
+            prefills = [DensePrefill(rows[x], prefix_lens[x].tolist(), extend_lens[x].tolist()) for x in own]
         return _Plan(
             write_loc=self._write_loc(batch),
-            rows=table.dense_slots(slots),
+            rows=rows,
             seq_lens=seq_lens,
-            prefix_lens=seq_lens - extend_lens,
+            prefix_lens=prefix_lens,
             extend_lens=extend_lens,
-            dense=_runs(is_dense),
+            dense=dense,
+            prefills=prefills,
             first_query=first_query,
             mixed=self._readers.plan(mixed) if mixed else None,
         )
@@ -203,9 +214,20 @@ class MosaicAttentionBackend(TorchNativeAttnBackend):
                 plan.step, plan.reading, layer.layer_id - self.start_layer, queries, layer.scaling
             ).view(-1, layer.tp_q_head_num * layer.v_head_dim)
         out = q.new_empty(queries.shape[0], layer.tp_q_head_num, layer.v_head_dim)
-        for run in plan.dense:
+        for i, run in enumerate(plan.dense):
             tokens = slice(plan.first_query[run.start], plan.first_query[run.stop])
-            run_dense(queries[tokens], out[tokens], layer, run)
+            if plan.prefills and k is not None:
+                new = (
+                    k.view(-1, layer.tp_k_head_num, layer.qk_head_dim)[tokens],
+                    v.view(-1, layer.tp_v_head_num, layer.v_head_dim)[tokens],
+                )
+                slabs = (
+                    self.memory.dense_k[layer.layer_id - self.start_layer],
+                    self.memory.dense_v[layer.layer_id - self.start_layer],
+                )
+                out[tokens] = plan.prefills[i].run(queries[tokens], *new, slabs, layer.scaling)
+            else:
+                run_dense(queries[tokens], out[tokens], layer, run)
         if plan.mixed is not None:
             plan.mixed.run(layer.layer_id - self.start_layer, queries, out, layer.scaling)
         return out.view(-1, layer.tp_q_head_num * layer.v_head_dim)

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 class Continuing:
     """Remembers the step that selected last.
 
-    A later one goes on with it while the same requests are decoded, by one token each, and no page was compressed since:
-    then it would select from the same pages.
+    A later one goes on with it while the same requests are decoded, by one token each, and no page was compressed
+    since: then it would select from the same pages.
 
     Args:
         steps: that share a selection, the one that selects included.

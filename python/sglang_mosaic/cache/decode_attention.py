@@ -83,9 +83,7 @@ class DecodeAttention:
         keeps = self._selects and config.select_steps > 1
         return DecodeStep(allocate(shape, self._memory.slab.frames.device), self._keep(shape) if keeps else [])
 
-    def plan(
-        self, step: DecodeStep, req_to_token: torch.Tensor, requests: torch.Tensor, lengths: torch.Tensor
-    ) -> None:
+    def plan(self, step: DecodeStep, req_to_token: torch.Tensor, requests: torch.Tensor, lengths: torch.Tensor) -> None:
         """Put into a step's buffers what its requests read; arguments as of `plan_step`."""
         memory = self._memory
         self._tables.update()
@@ -146,7 +144,7 @@ class DecodeAttention:
             parts = [(*found, batch.first_piece)]
         else:
             parts = self._read_selected(step, reading, layer, rotated, tables, dense_lse, scale)
-        return combine(parts, batch, tables.v_unrotate, dense_out, dense_lse).to(q.dtype)
+        return combine(parts, batch, tables.v_unrotate, dense_out, dense_lse, q.dtype)
 
     def _read_selected(
         self,

@@ -57,7 +57,7 @@ class EpochTable:
 
     @property
     def slots(self) -> dict[int, int]:
-        """Where tables have the live epochs, by number: 0 to the most that may be alive - 1, for as long as they are."""
+        """Where tables have the live epochs, by number: 0 to `most` - 1, the same for as long as they live."""
         return self._slots
 
     @property

@@ -90,7 +90,9 @@ class SegmentTables:
             epochs, heads, sizes.formats, PAGE_SIZE, k.shape[2], v.shape[2], k.device,
             most_scanned=sizes.scanned, topk=sizes.topk, exceptions=sizes.exceptions,
         )  # fmt: skip
-        return LayerTables(table, *(torch.zeros(epochs, heads, x.shape[2], x.shape[2], device=x.device) for x in (k, v)))
+        return LayerTables(
+            table, *(torch.zeros(epochs, heads, x.shape[2], x.shape[2], device=x.device) for x in (k, v))
+        )
 
     def _write(self, number: int, slot: int) -> None:
         epoch, sizes = self._memory.epochs[number], self._sizes
