@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import functools
+import os
 
 import torch
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, unwrap_write_loc
 
 from sglang_mosaic.adapter.calibration import load_calibration, save_calibration
 from sglang_mosaic.adapter.geometry import Geometry
+from sglang_mosaic.cache.calibration_process import CalibrationProcess
 from sglang_mosaic.cache.memory import PageMemory
 from sglang_mosaic.config import MosaicConfig
 from sglang_mosaic.layout import MemoryPlan
@@ -53,6 +55,7 @@ class MosaicKVPool(MHATokenToKVPool):
             self.v_buffer,
             epoch=load_calibration(config, codec, geometry),
             on_epoch=functools.partial(save_calibration, config),
+            beside=_calibrates_beside(config, geometry),
         )
         self._finalize_allocation_log(plan.logical_tokens)
 
@@ -79,6 +82,13 @@ class MosaicKVPool(MHATokenToKVPool):
         if rows is None:
             rows = self.memory.table.dense_slots(slots)
         super().set_kv_buffer(layer, rows, cache_k, cache_v, *args, **kwargs)
+
+
+def _calibrates_beside(config: MosaicConfig, geometry: Geometry) -> CalibrationProcess | None:
+    # Without a GPU the server needs all cores itself, and models are small enough to wait for.
+    if torch.device(geometry.device).type != "cuda" or config.codec != "planes" or not config.compresses:
+        return None
+    return CalibrationProcess(max((os.cpu_count() or 1) // 2, 1))
 
 
 def _refuse(name: str):

@@ -73,11 +73,11 @@ class EpochTable:
             return False
         return self._has_room(frames_in_use)
 
-    def start(self, epoch: Epoch) -> None:
-        """Encode new pages with another epoch."""
+    def start(self, epoch: Epoch, lasting: bool = True) -> None:
+        """Encode new pages with another epoch; if it does not last, the next is due at once."""
         self._current = self._add(epoch)
-        self._left = self._refresh_pages * REFRESH_GROWTH**self.started
-        self.started += 1
+        self._left = self._refresh_pages * REFRESH_GROWTH**self.started if lasting else 0
+        self.started += lasting
 
     def adopt(self, epoch: Epoch, frames_in_use: Iterable[int]) -> bool:
         """Make pages of an epoch readable that was made elsewhere; the first one is taken for new pages, too.

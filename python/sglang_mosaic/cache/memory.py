@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 import torch
 
 from sglang_mosaic.cache.audit import audit_frames, audit_free_list, audit_tree
+from sglang_mosaic.cache.calibration_process import CalibrationProcess
 from sglang_mosaic.cache.encoding_errors import EncodingErrors
 from sglang_mosaic.cache.epochs import EpochTable
 from sglang_mosaic.cache.host_page import HostPage
@@ -36,6 +37,7 @@ class PageMemory:
         dense_k, dense_v: per layer ``[(dense_frames + 1) * 64, kv_heads, dim]``; written by the model's forwards.
         epoch: a calibration to begin with; None: make one when the first page is encoded.
         on_epoch: told about every calibration that is made here.
+        beside: where calibrations are made while this goes on, if no manager makes them; None: here, and all waits.
     """
 
     def __init__(
@@ -48,6 +50,7 @@ class PageMemory:
         *,
         epoch: Epoch | None = None,
         on_epoch: Callable[[Epoch], None] = lambda epoch: None,
+        beside: CalibrationProcess | None = None,
     ) -> None:
         device = dense_k[0].device
         self.plan = plan
@@ -63,6 +66,7 @@ class PageMemory:
         if epoch is not None:
             self.epochs.start(epoch)
         self._on_epoch = on_epoch
+        self._beside = beside
         self._samples = PageSamples(self._read)
         self._unjudged: list[int] = []
         self._errors = EncodingErrors(len(dense_k), device)
@@ -282,23 +286,32 @@ class PageMemory:
     def _calibrate(self, frames: Iterable[int]) -> None:
         """Start an epoch from the sampled pages, and from pages about to be encoded where those are few."""
         # Where there is an epoch already, nothing waits for the next one: pages are encoded with the last meanwhile.
-        tier = None if self.host is None or self.epochs.current is None else self.host.tier
-        if tier is not None and tier.calibrating:
+        first = self.epochs.current is None
+        tier = None if self.host is None or first else self.host.tier
+        beside = None if first else self._beside
+        if (tier is not None and tier.calibrating) or (beside is not None and beside.calibrating):
             return
-        samples = self._samples.layers(frames, self.table.frames.device)
+        device = self.table.frames.device
         if tier is not None and tier.calibrates:
-            tier.calibrate(statistics_to_bytes(self.codec.statistics(samples)))
+            tier.calibrate(statistics_to_bytes(self.codec.statistics(self._samples.layers(frames, device))))
+        elif beside is not None and beside.calibrates:
+            # What is on the host already need not go to the device and back.
+            beside.calibrate(self.codec.statistics(self._samples.layers(frames, torch.device("cpu"))))
         else:
-            self._start(self.codec.calibrate(samples))
+            # All waits for the first one; where another follows at once it is a quick one.
+            quick = first and self._beside is not None and bool(self.config.refresh_pages)
+            self._start(self.codec.calibrate(self._samples.layers(frames, device), quick), lasting=not quick)
 
     def _take_epoch(self) -> None:
-        """Start an epoch that the manager made, if there is still room for it."""
+        """Start an epoch that was made elsewhere, if there is still room for it."""
         made = None if self.host is None else self.host.tier.take_epoch()
+        if made is None and self._beside is not None:
+            made = self._beside.take_epoch()
         if made is not None and self.epochs.due(self._mosaic_in_use()):
             self._start(epoch_from_bytes(made, self.table.frames.device))
 
-    def _start(self, epoch: Epoch) -> None:
-        self.epochs.start(epoch)
+    def _start(self, epoch: Epoch, lasting: bool = True) -> None:
+        self.epochs.start(epoch, lasting)
         self._on_epoch(epoch)
         if self.host is not None:
             self.host.tier.put_epoch(epoch.hash, epoch_to_bytes(epoch))

@@ -61,6 +61,7 @@ class Allocator:
         self._shape = {"page_size": page_size, "k_dim": k_dim, "v_dim": v_dim}
         self._k_groups, v_groups = k_dim // GROUP, v_dim // GROUP
         self._bit_bytes = page_size * GROUP // 8
+        self._empty: dict[int, int] = {}
         # Every group of K has scales of its own; all of V's share one per token, which the first of them brings.
         self._groups = [
             *(_Group(K_SHARES, 2 * GROUP, i == 0) for i in range(self._k_groups)),
@@ -76,7 +77,7 @@ class Allocator:
             exceptions: tokens kept uncompressed.
         """
         widths = [0] * len(energies)
-        nbytes = self.format(tuple(widths), exceptions).segment_bytes
+        nbytes = self._empty_bytes(exceptions)
         cost = sum(e * group.shares[0] for e, group in zip(energies, self._groups, strict=True))
         steps = [Step(nbytes, cost, tuple(widths))]
         wider = [self._wider(energies, widths, i) for i in range(len(widths))]
@@ -94,6 +95,13 @@ class Allocator:
             # A group may be as wide as the one before it.
             for i in range(at, min(at + 2, len(widths))):
                 wider[i] = self._wider(energies, widths, i)
+
+    def _empty_bytes(self, exceptions: int) -> int:
+        """Bytes of a segment without codes."""
+        if exceptions not in self._empty:
+            widths = (0,) * len(self._groups)
+            self._empty[exceptions] = self.format(widths, exceptions).segment_bytes
+        return self._empty[exceptions]
 
     def format(self, widths: tuple[int, ...], exceptions: int = 0) -> SegmentFormat:
         """The format of an allocation."""

@@ -108,8 +108,11 @@ class Codec(ABC):
         """
 
     @abstractmethod
-    def calibrate(self, samples: list[LayerSample]) -> Epoch:
+    def calibrate(self, samples: list[LayerSample], quick: bool = False) -> Epoch:
         """An epoch from the queries observed so far and some real tokens of every layer.
+
+        Args:
+            quick: it will be replaced soon, and somebody waits for it.
 
         Raises:
             ValueError: a shape does not fit or a value is not finite.

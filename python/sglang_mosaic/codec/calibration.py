@@ -26,6 +26,10 @@ FORMATS = 5
 """Most formats of a head for ordinary pages."""
 SINK_FORMATS = 2
 """Most further formats for the first pages of sequences."""
+CANDIDATES = 8
+"""Pages whose own best formats are tried for all: formats of more hardly differ (docs/codec.md)."""
+QUICK_PAGES = 16
+"""Pages that a quick calibration looks at."""
 SMALLEST, LARGEST = 0.9, 1.15
 """Bounds of a head's bytes, as shares of the mean: expected errors are extrapolated from small ones."""
 
@@ -73,7 +77,9 @@ class _Measured(NamedTuple):
     """Of every head, what a squared error of each stored channel of V counts."""
 
 
-def make_plan(statistics: Sequence[LayerStatistics], frame_bytes: int, scale: float) -> list[LayerPlan]:
+def make_plan(
+    statistics: Sequence[LayerStatistics], frame_bytes: int, scale: float, quick: bool = False
+) -> list[LayerPlan]:
     """Bases, sizes and formats of every layer and head.
 
     Bytes go where they save most expected error: first over all heads of all layers, then within a head over K's and
@@ -83,13 +89,14 @@ def make_plan(statistics: Sequence[LayerStatistics], frame_bytes: int, scale: fl
         statistics: of every layer.
         frame_bytes: bytes of one page, all layers and heads, a multiple of 16.
         scale: factor of the logits.
+        quick: look at few pages, give every head one format, and let scans read all channels.
 
     Raises:
         ValueError: a shape does not fit or a value is not finite.
     """
     page_size, heads, k_dim = statistics[0].sample.keys.shape[1:]
     allocator = Allocator(page_size, k_dim, statistics[0].sample.values.shape[-1])
-    measured = [_measure(layer, scale) for layer in statistics]
+    measured = [_measure(_few_pages(layer) if quick else layer, scale) for layer in statistics]
     paths = []
     mean = frame_bytes / (len(measured) * heads)
     for layer in measured:
@@ -99,9 +106,12 @@ def make_plan(statistics: Sequence[LayerStatistics], frame_bytes: int, scale: fl
     sizes = share_out(paths, frame_bytes)
     plans = []
     for i, layer in enumerate(measured):
-        plans.append(
-            LayerPlan(layer.basis, tuple(_head(layer, h, allocator, sizes[i * heads + h], scale) for h in range(heads)))
-        )
+        own = sizes[i * heads : (i + 1) * heads]
+        if quick:
+            plan = tuple(_quick_head(layer, h, paths[i * heads + h], allocator, own[h]) for h in range(heads))
+        else:
+            plan = tuple(_head(layer, h, allocator, own[h], scale) for h in range(heads))
+        plans.append(LayerPlan(layer.basis, plan))
     return plans
 
 
@@ -125,6 +135,15 @@ def share_out(paths: Sequence[Sequence[Step]], total: int) -> list[int]:
     # What is left is too little for a step of any head on average; single segments may still use it.
     share = left // len(paths) // ALIGNMENT * ALIGNMENT
     return [size + share for size in sizes]
+
+
+def _few_pages(layer: LayerStatistics) -> LayerStatistics:
+    """With pages that lie evenly among all that start no sequence, if there are enough."""
+    keys, values, sinks = layer.sample
+    if len(keys) - sinks < QUICK_PAGES:
+        return layer
+    chosen = torch.arange(QUICK_PAGES, device=keys.device) * (len(keys) - sinks) // QUICK_PAGES + sinks
+    return layer._replace(sample=LayerSample(keys[chosen], values[chosen], 0))
 
 
 def _measure(layer: LayerStatistics, scale: float) -> _Measured:
@@ -174,6 +193,14 @@ def _head(layer: _Measured, head: int, allocator: Allocator, segment_bytes: int,
     return HeadPlan(segment_bytes, tuple(formats), *weights, selection)
 
 
+def _quick_head(layer: _Measured, head: int, path: list[Step], allocator: Allocator, segment_bytes: int) -> HeadPlan:
+    fitting = [step for step in path if step.nbytes <= segment_bytes]
+    weights = float(layer.sensitivity.k_weight[head]), float(layer.sensitivity.v_weight[head])
+    channels = layer.rows.k.shape[-1]
+    formats = (allocator.format(fitting[-1].widths),)
+    return HeadPlan(segment_bytes, formats, *weights, SelectionProfile(channels, None))
+
+
 def _selection(layer: _Measured, head: int, fmt: SegmentFormat, scale: float) -> SelectionProfile:
     k, v = layer.rows.k[head], layer.rows.v[head]
     data = torch.zeros(len(k), fmt.segment_bytes, dtype=torch.uint8, device=k.device)
@@ -189,13 +216,12 @@ def _selection(layer: _Measured, head: int, fmt: SegmentFormat, scale: float) ->
 def _candidates(
     pages: _Pages, layer: _Measured, head: int, allocator: Allocator, segment_bytes: int
 ) -> list[SegmentFormat]:
-    """The best format of every page and of all together, for every number of exceptions that fits."""
-    formats: dict[SegmentFormat, None] = {}
+    """The best format of some pages and of all together, for every number of exceptions that fits."""
+    allocations: dict[tuple[tuple[int, ...], int], None] = {}
     for exceptions in EXCEPTIONS:
         rows = _energies(pages, layer, head, exceptions)
-        for row in (rows.mean(0), *rows):
-            widths = allocator.path(row.tolist(), segment_bytes, exceptions)[-1].widths
-            fmt = allocator.format(widths, exceptions)
-            if fmt.segment_bytes <= segment_bytes:
-                formats[fmt] = None
-    return list(formats)
+        some = rows[:: -(-len(rows) // CANDIDATES)]
+        for row in torch.cat((rows.mean(0, keepdim=True), some)).tolist():
+            allocations[allocator.path(row, segment_bytes, exceptions)[-1].widths, exceptions] = None
+    formats = (allocator.format(*allocation) for allocation in allocations)
+    return [fmt for fmt in formats if fmt.segment_bytes <= segment_bytes]

@@ -264,8 +264,8 @@ class PlanesCodec(Codec):
         if not self._queries.full(layer):
             self._queries.observe(layer, q)
 
-    def calibrate(self, samples: list[LayerSample]) -> PlanesEpoch:
-        return calibrate(self.statistics(samples))
+    def calibrate(self, samples: list[LayerSample], quick: bool = False) -> PlanesEpoch:
+        return calibrate(self.statistics(samples), quick)
 
     def statistics(self, samples: list[LayerSample]) -> CalibrationInput:
         """All that a calibration depends on, as of now; another process may run it (`calibrate`).
@@ -286,13 +286,13 @@ class PlanesCodec(Codec):
         return CalibrationInput(statistics, self._frame_bytes, self._scale, self.page_size)
 
 
-def calibrate(given: CalibrationInput) -> PlanesEpoch:
-    """The epoch of some statistics. Pure.
+def calibrate(given: CalibrationInput, quick: bool = False) -> PlanesEpoch:
+    """The epoch of some statistics; `quick` as of `make_plan`. Pure.
 
     Raises:
         ValueError: a value is not finite.
     """
-    return PlanesEpoch(make_plan(given.layers, given.frame_bytes, given.scale), given.page_size)
+    return PlanesEpoch(make_plan(given.layers, given.frame_bytes, given.scale, quick), given.page_size)
 
 
 def _spans(sizes: Iterable[int]) -> list[slice]:

@@ -45,7 +45,7 @@ class ChannelDropCodec(PlainCodec):
         if not self._queries.full(layer):
             self._queries.observe(layer, q)
 
-    def calibrate(self, samples: list[LayerSample]) -> Epoch:
+    def calibrate(self, samples: list[LayerSample], quick: bool = False) -> Epoch:
         if not self._kept:  # later epochs would give the bytes another meaning
             for layer, sample in enumerate(samples):
                 k, v = (x.float().square().mean((0, 1)) for x in (sample.keys, sample.values))

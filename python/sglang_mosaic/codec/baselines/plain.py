@@ -56,7 +56,7 @@ class PlainCodec(Codec, Epoch):
     def observe_queries(self, layer: int, q: torch.Tensor) -> None:
         pass
 
-    def calibrate(self, samples: list[LayerSample]) -> Epoch:
+    def calibrate(self, samples: list[LayerSample], quick: bool = False) -> Epoch:
         return self
 
     def span(self, layer: int) -> slice:
