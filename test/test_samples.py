@@ -23,7 +23,7 @@ class Frames:
 
 def kept(samples: PageSamples, frames=()) -> tuple[list[int], list[int]]:
     """Frames of the starts of sequences, and of the others."""
-    first, *others = samples.layers(frames, torch.device("cpu"))
+    first, *others = samples.pages(frames).layers(torch.device("cpu"))
     numbers = first.keys[:, 0, 0, 0].int().tolist()
     for layer in others:
         assert torch.equal(layer.keys, first.keys) and layer.sinks == first.sinks

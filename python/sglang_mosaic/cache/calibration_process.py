@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from sglang_mosaic.codec.calibration import CalibrationInput
-from sglang_mosaic.codec.calibration_job import statistics_to_bytes
+from sglang_mosaic.codec.calibration_job import write_statistics
 from sglang_mosaic.manager.calibrator import Calibrator
 
 
@@ -33,9 +34,13 @@ class CalibrationProcess:
         """Whether an epoch is being made."""
         return self._starting is not None
 
-    def calibrate(self, given: CalibrationInput) -> None:
-        """Have an epoch made. What it is made of may lie anywhere; it must not be written to any more."""
-        self._starting = self._executor.submit(lambda: self._calibrator.start(0, statistics_to_bytes(given)))
+    def calibrate(self, given: Callable[[], CalibrationInput]) -> None:
+        """Have an epoch made.
+
+        Args:
+            given: called by another thread; gives statistics that nobody writes to any more.
+        """
+        self._starting = self._executor.submit(self._calibrator.start, 0, lambda file: write_statistics(given(), file))
 
     def take_epoch(self) -> bytes | None:
         """The epoch that was made since this was asked last."""

@@ -291,16 +291,17 @@ class PageMemory:
         beside = None if first else self._beside
         if (tier is not None and tier.calibrating) or (beside is not None and beside.calibrating):
             return
-        device = self.table.frames.device
+        sample, device = self._samples.pages(frames), self.table.frames.device
         if tier is not None and tier.calibrates:
-            tier.calibrate(statistics_to_bytes(self.codec.statistics(self._samples.layers(frames, device))))
+            tier.calibrate(statistics_to_bytes(self.codec.statistics(sample.layers(device))))
         elif beside is not None and beside.calibrates:
-            # What is on the host already need not go to the device and back.
-            beside.calibrate(self.codec.statistics(self._samples.layers(frames, torch.device("cpu"))))
+            # Hundreds of MB for a large model: another thread copies them, and not to the device and back.
+            queries = [of_layer.cpu() for of_layer in self.codec.take_queries()]
+            beside.calibrate(lambda: self.codec.statistics(sample.layers(torch.device("cpu")), queries))
         else:
             # All waits for the first one; where another follows at once it is a quick one.
             quick = first and self._beside is not None and bool(self.config.refresh_pages)
-            self._start(self.codec.calibrate(self._samples.layers(frames, device), quick), lasting=not quick)
+            self._start(self.codec.calibrate(sample.layers(device), quick), lasting=not quick)
 
     def _take_epoch(self) -> None:
         """Start an epoch that was made elsewhere, if there is still room for it."""

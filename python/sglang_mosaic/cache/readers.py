@@ -27,8 +27,8 @@ class Readers:
     def __init__(self, memory: PageMemory, group: int) -> None:
         self._memory = memory
         config = memory.config
-        self._selections = Selections(config) if config.select else None
         self._tables, self._decode = None, None
+        self._selections: Selections | None = None
         k, v = memory.dense_k[0], memory.dense_v[0]
         # Only the codec of this project has kernels; the baselines are there to be compared with.
         if memory.slab.frames.is_cuda and config.codec == "planes" and kernels_can(k.shape[-1], v.shape[-1], group):
@@ -41,6 +41,8 @@ class Readers:
             self._tables = SegmentTables(memory, scanned=k.shape[-1] if not memory.epochs.live else 0)
             self._decode: Decode | None = frame_decoder(memory, self._tables)
             self.decoding = DecodeAttention(memory, self._tables, group)
+        elif config.select:
+            self._selections = Selections(config)
 
     def table_sizes(self) -> object:
         """What kernels are compiled for now; CUDA graphs captured for something else read wrong."""

@@ -29,6 +29,25 @@ class SampledPage(NamedTuple):
     """Of every layer, [64, H, Dv]."""
 
 
+class Sample(NamedTuple):
+    """Pages that start sequences, and others."""
+
+    pages: list[SampledPage]
+    sinks: int
+    """How many of them start a sequence: the first ones."""
+
+    def layers(self, device: torch.device) -> list[LayerSample]:
+        """Layer by layer; all of it is copied."""
+        return [
+            LayerSample(
+                torch.stack([page.k[layer] for page in self.pages]).to(device),
+                torch.stack([page.v[layer] for page in self.pages]).to(device),
+                self.sinks,
+            )
+            for layer in range(len(self.pages[0].k))
+        ]
+
+
 Read = Callable[[list[int]], list[SampledPage]]
 """Copies dense frames to the host."""
 
@@ -71,19 +90,12 @@ class PageSamples:
         self._others.offer(frames, self._read)
         self._sinks.offer(sinks, self._read)
 
-    def layers(self, frames: Iterable[int], device: torch.device) -> list[LayerSample]:
-        """The sample of every layer, filled up from other dense frames as far as pages are missing."""
+    def pages(self, frames: Iterable[int]) -> Sample:
+        """The sample, filled up from other dense frames as far as pages are missing."""
         missing = PAGES - len(self._others.kept)
         more = _spread(list(frames), missing) if missing > 0 else []
         pages = [*self._sinks.kept, *self._others.kept, *(self._read(more) if more else [])]
-        return [
-            LayerSample(
-                torch.stack([page.k[layer] for page in pages]).to(device),
-                torch.stack([page.v[layer] for page in pages]).to(device),
-                len(self._sinks.kept),
-            )
-            for layer in range(len(pages[0].k))
-        ]
+        return Sample(pages, len(self._sinks.kept))
 
     @property
     def nbytes(self) -> int:

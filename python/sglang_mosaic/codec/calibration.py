@@ -34,6 +34,17 @@ SMALLEST, LARGEST = 0.9, 1.15
 """Bounds of a head's bytes, as shares of the mean: expected errors are extrapolated from small ones."""
 
 
+class LayerQueries(NamedTuple):
+    """The queries' part of `LayerStatistics`."""
+
+    energy: torch.Tensor | None
+    sample: torch.Tensor | None
+
+    def cpu(self) -> LayerQueries:
+        """Copied to the host."""
+        return LayerQueries(*(None if x is None else x.cpu() for x in self))
+
+
 class LayerStatistics(NamedTuple):
     """What is known about one layer."""
 

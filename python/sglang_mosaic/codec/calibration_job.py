@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
+from typing import BinaryIO
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load, save
+from safetensors.torch import load
 
 from sglang_mosaic.codec.base import LayerSample
 from sglang_mosaic.codec.calibration import CalibrationInput, LayerStatistics
@@ -15,14 +17,19 @@ from sglang_mosaic.codec.storage import epoch_to_bytes, metadata_of
 from sglang_mosaic.errors import MosaicError
 
 VERSION = 1
+_NAMES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+"""Of types in a file."""
 
 
 class StatisticsError(MosaicError, ValueError):
     """Bytes that are no statistics, or that no calibration can be made of."""
 
 
-def statistics_to_bytes(given: CalibrationInput) -> bytes:
-    """The statistics, copied to the host."""
+def write_statistics(given: CalibrationInput, file: BinaryIO) -> None:
+    """Write the statistics, tensor by tensor: they are hundreds of MB for a large model, and a server goes on beside.
+
+    The format is that of safetensors (https://huggingface.co/docs/safetensors), whose library wants all in one piece.
+    """
     tensors: dict[str, torch.Tensor] = {}
     for i, layer in enumerate(given.layers):
         known = {
@@ -31,7 +38,7 @@ def statistics_to_bytes(given: CalibrationInput) -> bytes:
             "keys": layer.sample.keys,
             "values": layer.sample.values,
         }
-        tensors |= {f"{i}.{name}": x.detach().cpu().contiguous() for name, x in known.items() if x is not None}
+        tensors |= {f"{i}.{name}": x for name, x in known.items() if x is not None}
     plain = {
         "version": VERSION,
         "frame_bytes": given.frame_bytes,
@@ -39,7 +46,22 @@ def statistics_to_bytes(given: CalibrationInput) -> bytes:
         "page_size": given.page_size,
         "sinks": [layer.sample.sinks for layer in given.layers],
     }
-    return save(tensors, {"statistics": json.dumps(plain)})
+    header: dict[str, object] = {"__metadata__": {"statistics": json.dumps(plain)}}
+    end = 0
+    for name, x in tensors.items():
+        header[name] = {"dtype": _NAMES[x.dtype], "shape": list(x.shape), "data_offsets": [end, end + x.nbytes]}
+        end += x.nbytes
+    text = json.dumps(header).encode()
+    file.write(len(text).to_bytes(8, "little") + text)
+    for x in tensors.values():
+        file.write(x.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+
+
+def statistics_to_bytes(given: CalibrationInput) -> bytes:
+    """The statistics, copied to the host."""
+    file = io.BytesIO()
+    write_statistics(given, file)
+    return file.getvalue()
 
 
 def statistics_from_bytes(data: bytes) -> CalibrationInput:

@@ -21,7 +21,7 @@ from mosaic_kernels.segment_table import HeadFormats, kernels_can
 from sglang_mosaic.codec import strategies
 from sglang_mosaic.codec.base import Codec, Epoch, LayerSample, check_pages
 from sglang_mosaic.codec.basis import value_weights
-from sglang_mosaic.codec.calibration import CalibrationInput, LayerStatistics, make_plan
+from sglang_mosaic.codec.calibration import CalibrationInput, LayerQueries, LayerStatistics, make_plan
 from sglang_mosaic.codec.encoding import Segments, by_format, encode_segments, rare_kind
 from sglang_mosaic.codec.plan import Format, LayerPlan, plan_hash
 from sglang_mosaic.codec.statistics import QueryStatistics, by_kv_head
@@ -267,8 +267,12 @@ class PlanesCodec(Codec):
     def calibrate(self, samples: list[LayerSample], quick: bool = False) -> PlanesEpoch:
         return calibrate(self.statistics(samples), quick)
 
-    def statistics(self, samples: list[LayerSample]) -> CalibrationInput:
-        """All that a calibration depends on, as of now; another process may run it (`calibrate`).
+    def statistics(self, samples: list[LayerSample], queries: list[LayerQueries] | None = None) -> CalibrationInput:
+        """All that a calibration depends on; another process may run it (`calibrate`).
+
+        Args:
+            samples: of every layer.
+            queries: as of `take_queries`; None: those of now.
 
         Raises:
             ValueError: a shape does not fit.
@@ -278,12 +282,17 @@ class PlanesCodec(Codec):
             raise ValueError(f"samples must be of {layers} layers, got {len(samples)}")
         for sample in samples:
             check_pages(sample.keys, sample.values, self.page_size, heads, k_dim, v_dim)
-        statistics = [
-            LayerStatistics(self._queries.energy(layer), self._queries.sample(layer), sample)
-            for layer, sample in enumerate(samples)
+        known = self.take_queries() if queries is None else queries
+        statistics = [LayerStatistics(*one, sample) for one, sample in zip(known, samples, strict=True)]
+        return CalibrationInput(statistics, self._frame_bytes, self._scale, self.page_size)
+
+    def take_queries(self) -> list[LayerQueries]:
+        """What queries have shown in every layer; later ones count for the next epoch."""
+        known = [
+            LayerQueries(self._queries.energy(layer), self._queries.sample(layer)) for layer in range(self._shape[0])
         ]
         self._queries.renew()
-        return CalibrationInput(statistics, self._frame_bytes, self._scale, self.page_size)
+        return known
 
 
 def calibrate(given: CalibrationInput, quick: bool = False) -> PlanesEpoch:

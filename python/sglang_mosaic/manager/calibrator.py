@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import BinaryIO, NamedTuple
 
 from sglang_mosaic.manager.child import thread_limits
 from sglang_mosaic.manager.recompress.groups import FrameError, epoch_hash
@@ -41,14 +42,14 @@ class Calibrator:
     def running(self) -> bool:
         return self._job is not None
 
-    def start(self, ticket: int, statistics: bytes) -> bool:
-        """Begin one; False: another one is running."""
+    def start(self, ticket: int, write: Callable[[BinaryIO], object]) -> bool:
+        """Begin one of the statistics that `write` writes; False: another one is running."""
         if self._job is not None:
             return False
         # Files without names: nothing of them outlives the processes.
         source, output = (os.memfd_create(f"sglang-mosaic-{name}", os.MFD_CLOEXEC) for name in ("statistics", "epoch"))
         with open(source, "wb") as file:
-            file.write(statistics)
+            write(file)
             file.flush()
             os.lseek(source, 0, os.SEEK_SET)
             command = [sys.executable, "-m", "sglang_mosaic.manager.calibrate_job", str(os.getpid())]

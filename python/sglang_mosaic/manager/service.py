@@ -253,7 +253,7 @@ class Service:
         statistics = self._statistics.pop(request.key, None)
         if statistics is None:
             return [wire.Calibrated(ticket=request.ticket, error="the statistics are not here")]
-        if not self._calibrator.start(request.ticket, statistics):
+        if not self._calibrator.start(request.ticket, lambda file: file.write(statistics)):
             return [wire.Calibrated(ticket=request.ticket, error="another calibration is running")]
         return []
 
