@@ -55,9 +55,9 @@ class Decoder:
             slots = (torch.tensor(pages)[:, None] * 64 + torch.arange(64)).flatten()
             row[: len(slots)] = slots.to(DEVICE)
 
-    def plan(self, more: int = 0) -> None:
+    def plan(self, more: int = 0, reading: Reading = Reading.ALL) -> None:
         lengths = torch.tensor(lengths_of(self.contexts, more), device=DEVICE)
-        self.attention.plan(self.step, self.rows, torch.arange(1, len(lengths) + 1, device=DEVICE), lengths)
+        self.attention.plan(self.step, reading, self.rows, torch.arange(1, len(lengths) + 1, device=DEVICE), lengths)
 
     def run(self, q, layer=0, reading=Reading.ALL):
         return self.attention.run(self.step, reading, layer, q, SCALE)
@@ -65,8 +65,9 @@ class Decoder:
 
 def with_kernels(memory, q, contexts, config=None, layer=0, reading=None):
     decoder = Decoder(memory, contexts, config)
-    decoder.plan()
-    return decoder.run(q, layer, reading or (Reading.SELECTED if config else Reading.ALL))
+    reading = reading or (Reading.SELECTED if config else Reading.ALL)
+    decoder.plan(reading=reading)
+    return decoder.run(q, layer, reading)
 
 
 def with_torch(memory, q, contexts, config=None, layer=0):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from mosaic_kernels.page_batch import LEAST_PAGES
 from mosaic_kernels.plan_step.kernel import count_pages_kernel, place_pages_kernel
 from mosaic_kernels.plan_step.step import SHARE_BITS, StepPlan
 from mosaic_kernels.segment_table import padded
@@ -19,6 +20,7 @@ def plan_step(
     page_table: torch.Tensor,
     slots: torch.Tensor,
     first_mosaic: int,
+    least_pages: int = LEAST_PAGES,
 ) -> None:
     """Write into a plan's buffers what a step reads.
 
@@ -30,6 +32,7 @@ def plan_step(
         page_table: int64 [pages]: frame of each page; those from `first_mosaic` on are compressed, others are not.
         slots: int32 [compressed frames]: slot of the epoch that each was written with; -1: it was not.
         first_mosaic: number of the first compressed frame.
+        least_pages: of a piece of compressed pages.
 
     Raises:
         ValueError: shapes or types.
@@ -57,7 +60,7 @@ def plan_step(
     selection = plan.selection[:4] if plan.selection else (mosaic.first_page,) * 4
     place_pages_kernel[grid](
         *where, *mosaic, *selection, *dense,
-        shape.pieces, shape.heads, shape.programs, shape.dense_programs, shape.least_pages, shape.share_units,
+        shape.pieces, shape.heads, shape.programs, shape.dense_programs, least_pages, shape.share_units,
         shape.least_selected,
         T=shape.page_size, EPOCHS=epochs, N=padded(max(shape.requests * epochs, 2)), SELECT=plan.selection is not None,
         SHARE_BITS=SHARE_BITS, BLOCK=BLOCK, CUT=CUT, num_warps=WARPS,

@@ -6,7 +6,7 @@ import itertools
 
 import torch
 
-from mosaic_kernels.page_batch import PageBatch
+from mosaic_kernels.page_batch import LEAST_PAGES, PageBatch
 from mosaic_kernels.plan_step.step import SHARE_BITS, DenseBatch, Shape, StepPlan
 from mosaic_kernels.select.selection import SelectionPlan
 
@@ -19,6 +19,7 @@ def plan_step(
     page_table: torch.Tensor,
     slots: torch.Tensor,
     first_mosaic: int,
+    least_pages: int = LEAST_PAGES,
 ) -> StepPlan:
     """As `launch.plan_step`, into new tensors, buffers beyond what there is zero or -1."""
     size, dense, items, counts = shape.page_size, [], [], []
@@ -48,7 +49,7 @@ def plan_step(
 
     count = shape.requests * shape.epochs
     of_item = [sum(r < request for r, *_ in items) for request in range(shape.requests + 1)]
-    pieces, first_piece, first_page = _cut(shape, lengths_of, shape.programs, shape.least_pages)
+    pieces, first_piece, first_page = _cut(shape, lengths_of, shape.programs, least_pages)
     mosaic = PageBatch(
         integers(itertools.chain(*(own for *_, own in items)), shape.pages),
         integers((slot for _, slot, _ in items), count, -1),

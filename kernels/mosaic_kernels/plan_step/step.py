@@ -42,8 +42,6 @@ class Shape(NamedTuple):
     programs: int
     """That keep the device busy; those of uncompressed pages have DENSE_WARPS warps, and there are as many fewer."""
     page_size: int = 64
-    least_pages: int = 4
-    """Of a piece of compressed pages."""
     share: float = 0.0
     """Of an item's tokens that are selected at most; 0: all are read."""
     least_selected: int = 0

@@ -98,7 +98,9 @@ class MosaicAttentionBackend(TorchNativeAttnBackend):
             self._eager = size, self._decoding.allocate(*size)
         step = self._eager[1]
         self.choose_reading(batch, step)
-        self._decoding.plan(step, self.req_to_token_pool.req_to_token, batch.req_pool_indices, batch.seq_lens)
+        self._decoding.plan(
+            step, self.reading, self.req_to_token_pool.req_to_token, batch.req_pool_indices, batch.seq_lens
+        )
         self._plan = _Decode(step, self.reading, self._write_loc(batch))
 
     def _write_loc(self, batch: ForwardBatch) -> KVWriteLoc:
@@ -141,6 +143,7 @@ class MosaicAttentionBackend(TorchNativeAttnBackend):
             self._steps[requests] = self._decoding.allocate(requests, room_for(requests, self._longest))
         self._decoding.plan(
             self._steps[requests],
+            self.reading,
             self.req_to_token_pool.req_to_token,
             forward_batch.req_pool_indices,
             forward_batch.seq_lens,

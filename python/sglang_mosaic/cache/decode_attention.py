@@ -77,19 +77,26 @@ class DecodeAttention:
         config = self._memory.config
         shape = Shape(
             requests, self._memory.epochs.most, pages, self._heads, self._programs, PAGE_SIZE,
-            least_pages=LEAST_SCANNED if self._selects else LEAST_PAGES,
             share=config.select, least_selected=config.least_selected if self._selects else 0,
         )  # fmt: skip
         keeps = self._selects and config.select_steps > 1
         return DecodeStep(allocate(shape, self._memory.slab.frames.device), self._keep(shape) if keeps else [])
 
-    def plan(self, step: DecodeStep, req_to_token: torch.Tensor, requests: torch.Tensor, lengths: torch.Tensor) -> None:
-        """Put into a step's buffers what its requests read; arguments as of `plan_step`."""
+    def plan(
+        self,
+        step: DecodeStep,
+        reading: Reading,
+        req_to_token: torch.Tensor,
+        requests: torch.Tensor,
+        lengths: torch.Tensor,
+    ) -> None:
+        """Put into a step's buffers what its requests read; the last three as of `plan_step`."""
         memory = self._memory
         self._tables.update()
         plan_step(
             step.plan, req_to_token, requests, lengths,
             memory.table.frames, memory.epochs.frame_slots, memory.table.first_mosaic,
+            LEAST_PAGES if reading in (Reading.NOTHING, Reading.ALL) else LEAST_SCANNED,
         )  # fmt: skip
 
     def reading(self, lengths: Sequence[int]) -> Reading:
