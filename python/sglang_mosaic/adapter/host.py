@@ -27,9 +27,10 @@ from sglang_mosaic.manager.zmq_client import ZmqClient
 logger = logging.getLogger(__name__)
 
 GIB = 1 << 30
-LEAST_SLOTS, MOST_SLOTS, SLOTS_BYTES = 16, 128, GIB
-"""Payloads under way: as many as fit so many bytes, of which compressed pages touch a part. A prefill evicts many pages
-before the scheduler polls again."""
+LEAST_SLOTS, MOST_SLOTS, SLOTS_BYTES = 16, 512, GIB
+"""Payloads under way: as many as compressed pages have so many bytes. Half of them come back in one turn of the
+scheduler, which may last as long as a prefill: they must be more than that computes. A slot has room for an uncompressed
+page, of which few travel; memory that nobody wrote to takes none."""
 OUTBOX_BYTES = GIB
 """Most bytes of pages that wait for the manager, unless the host tier has less; LEAST_PAGES of them in any case."""
 LEAST_PAGES = 32
@@ -49,7 +50,7 @@ def manager_options(config: MosaicConfig, frame_bytes: FrameBytes, rope: RopeOfM
     raw_share = 0.0 if config.disk else RAW_SHARE_LOSSY if lossy else RAW_SHARE
     return ManagerOptions(
         slot_bytes=slot_bytes,
-        slots=min(max(SLOTS_BYTES // slot_bytes, LEAST_SLOTS), MOST_SLOTS),
+        slots=min(max(SLOTS_BYTES // (frame_bytes.mosaic or slot_bytes), LEAST_SLOTS), MOST_SLOTS),
         host_bytes=host_bytes,
         host_raw_bytes=int(raw_share * host_bytes),
         host_max_error=config.host_max_error,
@@ -87,7 +88,8 @@ def connect(scheduler: Any, memory: PageMemory) -> None:
     tier.poll()
     memory.connect(tier)
     rate = scheduler.tp_worker.model_runner.prefill_rate
-    scheduler.tree_cache.connect(identity(scheduler, memory), RestoringPays(config.restore_from, rate))
+    pays = RestoringPays(config.restore_from, rate, tier.restores.rate)
+    scheduler.tree_cache.connect(identity(scheduler, memory), pays)
     # From here on the scheduler asks the tree about the requests in its queue.
     scheduler.enable_hicache_storage = True
     logger.info("sglang_mosaic: evicted pages go to the host, %.3g GB%s", config.host_gb, _disk(config))
