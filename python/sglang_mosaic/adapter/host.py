@@ -29,8 +29,8 @@ logger = logging.getLogger(__name__)
 GIB = 1 << 30
 LEAST_SLOTS, MOST_SLOTS, SLOTS_BYTES = 16, 512, GIB
 """Payloads under way: as many as compressed pages have so many bytes. Half of them come back in one turn of the
-scheduler, which may last as long as a prefill: they must be more than that computes. A slot has room for an uncompressed
-page, of which few travel; memory that nobody wrote to takes none."""
+scheduler, which may last as long as a prefill: they must be more than that computes. A slot has room for an
+uncompressed page, of which few travel; memory that nobody wrote to takes none."""
 OUTBOX_BYTES = GIB
 """Most bytes of pages that wait for the manager, unless the host tier has less; LEAST_PAGES of them in any case."""
 LEAST_PAGES = 32
