@@ -1,5 +1,5 @@
-"""Pages that requests wait for: fetched from the manager in order, all at once as far as there is room, and once for all
-who want them."""
+"""Pages that requests wait for: fetched from the manager in order, all at once as far as there is room, and once for
+all who want them."""
 
 from __future__ import annotations
 
@@ -190,10 +190,7 @@ class Restores:
                 if page is not None:
                     self._arrived(key, page)
                 elif key not in restore.arrived and key not in self._asked:
-                    # Without a manager they are misses at once.
-                    full = (
-                        full or len(self._pages) >= self._at_once or (self._client.connected and not self._client.room)
-                    )
+                    full = full or not self._room()
                     if full:
                         if restore.asked == restore.taken:
                             restore.renew()  # the manager is not late with what it was not asked for
@@ -202,6 +199,10 @@ class Restores:
                     self._pages[self._client.fetch(key, timeout_s=timeout_s)] = key
                     self._asked.add(key)
                 restore.asked += 1
+
+    def _room(self) -> bool:
+        """Whether one more page may be asked for; without a manager any, as they are misses at once."""
+        return len(self._pages) < self._at_once and (not self._client.connected or self._client.room > 0)
 
     def _held_bytes(self) -> int:
         return sum(len(page.data) for restore in self._restores.values() for page in restore.arrived.values())
