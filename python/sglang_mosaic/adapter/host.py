@@ -46,11 +46,12 @@ def manager_options(config: MosaicConfig, frame_bytes: FrameBytes, rope: RopeOfM
     """Options of the manager of one rank."""
     host_bytes = int(config.host_gb * GIB)
     slot_bytes = max(frame_bytes.dense, frame_bytes.mosaic)
+    usual_bytes = frame_bytes.mosaic if config.compresses and frame_bytes.mosaic else slot_bytes
     lossy = config.host_max_error or config.cold_max_error
     raw_share = 0.0 if config.disk else RAW_SHARE_LOSSY if lossy else RAW_SHARE
     return ManagerOptions(
         slot_bytes=slot_bytes,
-        slots=min(max(SLOTS_BYTES // (frame_bytes.mosaic or slot_bytes), LEAST_SLOTS), MOST_SLOTS),
+        slots=min(max(SLOTS_BYTES // usual_bytes, LEAST_SLOTS), MOST_SLOTS),
         host_bytes=host_bytes,
         host_raw_bytes=int(raw_share * host_bytes),
         host_max_error=config.host_max_error,
@@ -59,6 +60,8 @@ def manager_options(config: MosaicConfig, frame_bytes: FrameBytes, rope: RopeOfM
         rope_interleaved=rope.interleaved,
         disk=config.disk,
         disk_bytes=int(config.disk_gb * GIB),
+        backoff_s=min(ManagerOptions.backoff_s, config.restart_s),
+        most_backoff_s=config.restart_s,
     )
 
 
@@ -113,6 +116,8 @@ def identity(scheduler: Any, memory: PageMemory) -> bytes:
     told = {name: repr(getattr(args, name, None)) for name in fields}
     told["weights"] = _weights(args, model)
     told["rank"] = repr(scheduler.ps.tp_rank)
+    # Where nothing is compressed, nothing that was may come back.
+    told["exact"] = repr(not memory.config.compresses)
     told["codec"] = repr((REVISION, dataclasses.astuple(memory.plan.frame_bytes)))
     return namespace(json.dumps(told, sort_keys=True))
 

@@ -27,7 +27,7 @@ class HostCounters:
 
     offered: int = 0
     dropped: int = 0
-    """Of the offered: nothing had room for them, or no calibration was there to encode them with."""
+    """Of the offered: nothing had room for them."""
     restored: int = 0
     missed: int = 0
     """Asked for and not restored: lost, damaged, unreadable, late, or without room in the pool."""
