@@ -274,6 +274,8 @@ def main(argv: list[str] | None = None) -> int:
     """Run the script; returns the exit status."""
     args = parse_arguments(argv)
     load = os.getloadavg()
+    # More threads than idle cores make a server several times slower: they wait for each other spinning.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
     prompts = shared_prefix_prompts(args.families, args.members, args.shared_tokens, args.own_tokens)
     try:
         with tempfile.TemporaryDirectory(prefix="mosaic-faults-") as folder:

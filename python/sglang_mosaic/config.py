@@ -66,7 +66,7 @@ class MosaicConfig:
     disk_gb: float = 10.0
     """Most of that directory's files, in GiB."""
     restart_s: float = 60.0
-    """Longest pause before a manager that ended is started again, in seconds; the first one is half a second at most."""
+    """Longest pause before a manager that ended is started again, in seconds; the first is half a second at most."""
     restore_from: int = 64
     """Tokens of evicted pages in a row below which they are computed again."""
     audit: bool = False
