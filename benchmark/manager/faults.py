@@ -21,7 +21,6 @@ import argparse
 import os
 import random
 import re
-import shlex
 import sys
 import tempfile
 import time
@@ -34,16 +33,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # for `import benc
 import psutil
 import requests
 
-from benchmark.codec.rate_distortion import embedded_model
 from benchmark.common import sglang_http
 from benchmark.common.errors import BenchmarkError
 from benchmark.common.options import integer, number
 from benchmark.common.report import environment, public_command, write_json
-from benchmark.common.server import ServerProcess, free_port
+from benchmark.common.server import ServerProcess
 from benchmark.manager.fault_load import Load, Reply, answers, shared_prefix_prompts
+from benchmark.manager.own_server import make_server, statistics
 from benchmark.manager.saboteur import kill_managers, manager_of, stop_manager, wait_for
 
-HOST = "127.0.0.1"
 SERVER_ARGS = (
     "--device cpu --dtype bfloat16 --mem-fraction-static 0.1 --max-running-requests 4 --chunked-prefill-size 512 "
     "--skip-server-warmup --sleep-on-idle --max-total-tokens 2048 --mosaic-host-gb 1 --mosaic-restart-s 0.2"
@@ -91,12 +89,9 @@ class Site:
     def server(self, *more: str) -> ServerProcess:
         """A server that is not started yet."""
         self._logs += 1
-        port = free_port(HOST)
-        flags = ("--mosaic-encode", "off", "--mosaic-audit", "--host", HOST, "--port", str(port))
-        model = ("--model-path", self._args.model_path or embedded_model())
-        argv = [sys.executable, "-m", "sglang_mosaic.launch_server", *model, *flags]
+        exact = ("--mosaic-encode", "off", "--mosaic-audit")
         log = self._folder / f"server-{self._logs}.log"
-        return ServerProcess([*argv, *shlex.split(self._args.server_args), *more], f"http://{HOST}:{port}", log)
+        return make_server(self._args.model_path, log, self._args.server_args, *exact, *more)
 
     def watch(self, server: ServerProcess) -> None:
         """Remember the processes that a server has now."""
@@ -108,12 +103,6 @@ class Site:
         files = [f"/dev/shm/{name}" for name in sorted(set(os.listdir("/dev/shm")) - self._shm)]
         _, alive = psutil.wait_procs(list(self._processes), timeout=10)
         return files + [f"process {process.pid}" for process in alive]
-
-
-def statistics(url: str) -> dict[str, Any]:
-    """The pool's counters and gauges."""
-    info = requests.get(f"{url}/get_server_info", timeout=60).json()
-    return info["internal_states"][0]["mosaic"]
 
 
 def audited(url: str) -> dict[str, Any]:
@@ -274,8 +263,6 @@ def main(argv: list[str] | None = None) -> int:
     """Run the script; returns the exit status."""
     args = parse_arguments(argv)
     load = os.getloadavg()
-    # More threads than idle cores make a server several times slower: they wait for each other spinning.
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
     prompts = shared_prefix_prompts(args.families, args.members, args.shared_tokens, args.own_tokens)
     try:
         with tempfile.TemporaryDirectory(prefix="mosaic-faults-") as folder:
