@@ -43,8 +43,8 @@ from benchmark.manager.own_server import make_server, statistics
 from benchmark.manager.saboteur import kill_managers, manager_of, stop_manager, wait_for
 
 SERVER_ARGS = (
-    "--device cpu --dtype bfloat16 --mem-fraction-static 0.1 --max-running-requests 4 --chunked-prefill-size 512 "
-    "--skip-server-warmup --sleep-on-idle --max-total-tokens 2048 --mosaic-host-gb 1 --mosaic-restart-s 0.2"
+    "--device cpu --dtype bfloat16 --mem-fraction-static 0.1 --max-running-requests 2 --chunked-prefill-size 256 "
+    "--skip-server-warmup --sleep-on-idle --max-total-tokens 1024 --mosaic-host-gb 1 --mosaic-restart-s 0.2"
 )
 TROUBLE = re.compile(r"Traceback|\bERROR\b|memory leak|invariant|violat", re.IGNORECASE)
 HARMLESS = re.compile(r"server_args=|No module named")
@@ -57,10 +57,10 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--kills", type=integer(0), default=100, help="of the manager (default %(default)s)")
     parser.add_argument("--stop-s", type=number(0), default=30.0, help="0: it is not stopped (default %(default)g)")
     parser.add_argument("--server-kills", type=integer(0), default=3, help="(default %(default)s)")
-    parser.add_argument("--families", type=integer(1), default=4, help="of prompts (default %(default)s)")
-    parser.add_argument("--members", type=integer(1), default=3, help="prompts of each (default %(default)s)")
-    parser.add_argument("--shared-tokens", type=integer(1), default=450, help="of a family (default %(default)s)")
-    parser.add_argument("--own-tokens", type=integer(1), default=100, help="of each prompt (default %(default)s)")
+    parser.add_argument("--families", type=integer(1), default=6, help="of prompts (default %(default)s)")
+    parser.add_argument("--members", type=integer(1), default=2, help="prompts of each (default %(default)s)")
+    parser.add_argument("--shared-tokens", type=integer(1), default=250, help="of a family (default %(default)s)")
+    parser.add_argument("--own-tokens", type=integer(1), default=60, help="of each prompt (default %(default)s)")
     parser.add_argument("--output-tokens", type=integer(1), default=6, help="(default %(default)s)")
     parser.add_argument("--clients", type=integer(1), default=2, help="requests at a time (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of orders and moments (default %(default)s)")
@@ -143,7 +143,7 @@ def harm_manager(
         wait_for(lambda: statistics(server.url)["host"]["connected"], "the manager's start")
         undisturbed = {}
         with Load(server.url, prompts, expected, args.clients, args.seed) as load:
-            wait_for(lambda: load.answered >= 3 * len(prompts) or load.failed, "the undisturbed load", 600)
+            wait_for(lambda: load.answered >= 2 * len(prompts) or load.failed, "the undisturbed load", 600)
         undisturbed = told(load)
 
         def after(kill: int) -> None:
