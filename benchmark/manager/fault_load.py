@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 import random
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import requests
 
+from benchmark.common import sglang_http
 from benchmark.common.errors import BenchmarkError
 from benchmark.common.text import make_text
 
@@ -26,6 +27,10 @@ class Reply:
     gaps: tuple[float, ...]
     """Of each token's log-probability to that of the second best."""
     cached_tokens: int
+
+
+Expected = Mapping[str, Sequence[Reply]]
+"""By name of the prompt: each of them is right."""
 
 
 def shared_prefix_prompts(families: int, members: int, shared_tokens: int, own_tokens: int) -> dict[str, str]:
@@ -66,12 +71,28 @@ def ask(url: str, prompt: str, tokens: int) -> Reply:
     )
 
 
-def differences(expected: Reply, found: Reply) -> tuple[str, bool] | None:
-    """How an answer differs from what it should be, and whether that is a near-tie; None: it does not."""
-    for i, (want, got) in enumerate(zip(expected.tokens, found.tokens, strict=True)):
-        if want != got:
-            return f"token {i} is {got} instead of {want}, gap {expected.gaps[i]:.4f}", expected.gaps[i] < NEAR_TIE
-    return None
+def answers(url: str, prompts: Mapping[str, str], tokens: int) -> Expected:
+    """What a server that is left alone answers: with a prefix in the cache where prompts share one, and without."""
+    warm = {name: ask(url, prompt, tokens) for name, prompt in prompts.items()}
+    found = {}
+    for name, prompt in prompts.items():
+        sglang_http.flush_cache(url)
+        found[name] = (warm[name], ask(url, prompt, tokens))
+    return found
+
+
+def difference(expected: Sequence[Reply], found: Reply) -> tuple[str, bool] | None:
+    """How an answer differs from all that it may be, and whether that is a near-tie; None: it does not."""
+    if any(reply.tokens == found.tokens for reply in expected):
+        return None
+    # That which it follows the longest.
+    i, reply = max(((_common(reply, found), reply) for reply in expected), key=lambda at: at[0])
+    text = f"token {i} is {found.tokens[i]} instead of {reply.tokens[i]}, gap {reply.gaps[i]:.4f}"
+    return text, reply.gaps[i] < NEAR_TIE
+
+
+def _common(one: Reply, other: Reply) -> int:
+    return next(i for i, (a, b) in enumerate(zip(one.tokens, other.tokens, strict=True)) if a != b)
 
 
 class Load:
@@ -80,13 +101,14 @@ class Load:
     Args:
         url: of the server.
         prompts: by name.
-        expected: answers of a server that was left alone.
+        tokens: of each answer.
+        expected: what the answers may be; prompts without are only asked for.
         clients: requests at a time.
         seed: of the order.
     """
 
     def __init__(
-        self, url: str, prompts: Mapping[str, str], expected: Mapping[str, Reply], clients: int, seed: int
+        self, url: str, prompts: Mapping[str, str], tokens: int, expected: Expected, clients: int, seed: int
     ) -> None:
         self.answered = 0
         self.cached_tokens = 0
@@ -95,6 +117,7 @@ class Load:
         self.failed: list[str] = []
         self._url = url
         self._prompts = prompts
+        self._tokens = tokens
         self._expected = expected
         self._clients = clients
         self._order = self._names(random.Random(seed))
@@ -124,20 +147,15 @@ class Load:
             with self._lock:
                 name = next(self._order)
             try:
-                reply = ask(self._url, self._prompts[name], len(self._expected[name].tokens))
+                reply = ask(self._url, self._prompts[name], self._tokens)
             except BenchmarkError as error:
                 self.failed.append(f"{name}: {error}")
                 self._stopped.wait(1.0)  # a server that is gone must not be asked thousands of times
                 continue
-            difference = differences(self._expected[name], reply)
+            found = difference(self._expected[name], reply) if name in self._expected else None
             with self._lock:
                 self.answered += 1
                 self.cached_tokens += reply.cached_tokens
-                if difference is not None:
-                    text, near_tie = difference
+                if found is not None:
+                    text, near_tie = found
                     (self.near_ties if near_tie else self.wrong).append(f"{name}: {text}")
-
-
-def answers(url: str, prompts: Mapping[str, str], tokens: int) -> dict[str, Reply]:
-    """One answer to each prompt, one after the other."""
-    return {name: ask(url, prompt, tokens) for name, prompt in prompts.items()}

@@ -6,7 +6,7 @@ Nothing is compressed (--mosaic-encode off --mosaic-host-gb), so that restored p
 every answer must have the tokens of a server that was left alone. A first difference at a near-tie (the two best
 log-probabilities less than .01 apart) is listed and not counted: bf16 decides it, also without faults.
 
-1. Each prompt is asked for once: these are the answers.
+1. Each prompt is asked for twice, with the others' pages in the cache and with an empty one: these are the answers.
 2. The manager is killed (SIGKILL) at --kills random moments, then stopped (SIGSTOP) for --stop-s seconds, while clients
    ask for the same prompts, which do not fit in the pool together.
 3. The server and all its processes are killed --server-kills times, while its manager writes --mosaic-disk; the next
@@ -38,7 +38,7 @@ from benchmark.common.errors import BenchmarkError
 from benchmark.common.options import integer, number
 from benchmark.common.report import environment, public_command, write_json
 from benchmark.common.server import ServerProcess
-from benchmark.manager.fault_load import Load, Reply, answers, shared_prefix_prompts
+from benchmark.manager.fault_load import Expected, Load, answers, shared_prefix_prompts
 from benchmark.manager.own_server import make_server, statistics
 from benchmark.manager.saboteur import kill_managers, manager_of, stop_manager, wait_for
 
@@ -99,8 +99,9 @@ class Site:
         self._processes |= {root, *root.children(recursive=True)}
 
     def left_behind(self) -> list[str]:
-        """Files in /dev/shm and processes that servers have left."""
-        files = [f"/dev/shm/{name}" for name in sorted(set(os.listdir("/dev/shm")) - self._shm)]
+        """Our files in /dev/shm, and processes, that servers have left. SGLang's own files there outlive a kill."""
+        new = sorted(set(os.listdir("/dev/shm")) - self._shm)
+        files = [f"/dev/shm/{name}" for name in new if not name.startswith(("sem.mp-", "sglang_", "psm_"))]
         _, alive = psutil.wait_procs(list(self._processes), timeout=10)
         return files + [f"process {process.pid}" for process in alive]
 
@@ -134,15 +135,13 @@ def told(load: Load) -> dict[str, Any]:
     }
 
 
-def harm_manager(
-    args: argparse.Namespace, site: Site, prompts: dict[str, str]
-) -> tuple[dict[str, Any], dict[str, Reply]]:
+def harm_manager(args: argparse.Namespace, site: Site, prompts: dict[str, str]) -> tuple[dict[str, Any], Expected]:
     """Kills and a stop of the manager; the figures, and the answers of the server before."""
     with site.server() as server:
         expected = answers(server.url, prompts, args.output_tokens)
         wait_for(lambda: statistics(server.url)["host"]["connected"], "the manager's start")
         undisturbed = {}
-        with Load(server.url, prompts, expected, args.clients, args.seed) as load:
+        with Load(server.url, prompts, args.output_tokens, expected, args.clients, args.seed) as load:
             wait_for(lambda: load.answered >= 2 * len(prompts) or load.failed, "the undisturbed load", 600)
         undisturbed = told(load)
 
@@ -152,7 +151,7 @@ def harm_manager(
                 print(f"{kill} kills, {load.answered} answers", flush=True)
 
         start = time.monotonic()
-        with Load(server.url, prompts, expected, args.clients, args.seed + 1) as load:
+        with Load(server.url, prompts, args.output_tokens, expected, args.clients, args.seed + 1) as load:
             kill_managers(server.pid, args.kills, args.seed, after)
             killed_s = time.monotonic() - start
             survived = stop_manager(server.pid, args.stop_s) if args.stop_s else None
@@ -182,7 +181,7 @@ def harm_manager(
 
 
 def kill_server(
-    args: argparse.Namespace, site: Site, prompts: dict[str, str], expected: dict[str, Reply], disk: Path
+    args: argparse.Namespace, site: Site, prompts: dict[str, str], expected: Expected, disk: Path
 ) -> list[dict[str, Any]]:
     """Kills of the server at random moments while records are written; then what the next one finds."""
     rng = random.Random(args.seed)
@@ -192,7 +191,7 @@ def kill_server(
         with site.server(*flags) as server:
             wait_for(lambda url=server.url: statistics(url)["host"]["connected"], "the manager's start")
             found = statistics(server.url)["host"]["known_records"]
-            with Load(server.url, prompts, expected, args.clients, args.seed + kill) as load:
+            with Load(server.url, prompts, args.output_tokens, expected, args.clients, args.seed + kill) as load:
                 wait_for(lambda load=load: load.answered >= len(prompts) or load.failed, "the load", 600)
             host = statistics(server.url)["host"]
             row = {"records_found": found, **told(load), "restored_pages": host["restored"]}
@@ -201,7 +200,7 @@ def kill_server(
             if kill < args.server_kills:
                 # New prompts evict pages, which are written: it ends in the middle of that.
                 fresh = shared_prefix_prompts(8, 1, args.shared_tokens, args.own_tokens + 7 * (kill + 1))
-                with Load(server.url, fresh, {name: next(iter(expected.values())) for name in fresh}, 2, kill) as load:
+                with Load(server.url, fresh, args.output_tokens, {}, args.clients, kill) as load:
                     wait_for(growing(disk), "the writing of a record", 60)
                     time.sleep(rng.uniform(0.0, 0.2))
                     site.watch(server)
