@@ -22,8 +22,8 @@ PROMPTS = shared_prefix_prompts(families=7, members=2, shared_tokens=850, own_to
 """More than the pool holds."""
 TOKENS = 2
 CLEAR = 0.25
-"""Gap between the two best log-probabilities that bf16 does not bridge: two steps of a logit. How much of a prefix was in
-the cache changes logits by such a step, in any server."""
+"""Gap between the two best log-probabilities that bf16 does not bridge: two steps of a logit. How much of a prefix was
+in the cache changes logits by such a step, in any server."""
 KILLS = 8
 STOP_S = 5.0
 """Longer than a manager may be silent."""
