@@ -20,8 +20,8 @@ from sglang_mosaic.wire.slots import SlotAllocator, SlotMemory
 EPOCHS = 4
 """Epochs that are given to a new manager again."""
 MESSAGES_PER_POLL = 1024
-"""Most messages that one poll looks at: bounds its time. More than there are slots: no answer that is there may count as
-late."""
+"""Most messages that one poll looks at: bounds its time. More than there are slots: no answer that is there may count
+as late."""
 
 
 class SlottedClient(ManagerClient):
