@@ -41,6 +41,7 @@ def test_child_processes_see_what_was_configured():
         ("cold_max_error", -0.1),
         ("disk_gb", 0),
         ("restore_from", 0),
+        ("restart_s", 0),
     ],
 )
 def test_a_bad_value_is_named_with_its_flag(field, value):
@@ -54,7 +55,8 @@ def test_a_bad_value_is_named_with_its_flag(field, value):
         ({"disk": "/somewhere"}, "--mosaic-disk"),
         ({"host_max_error": 0.1}, "--mosaic-host-max-error"),
         ({"cold_max_error": 0.1}, "--mosaic-cold-max-error"),
-        ({"host_gb": 1, "encode": "off"}, "--mosaic-host-gb"),
+        ({"host_gb": 1, "encode": "off", "host_max_error": 0.1}, "--mosaic-host-max-error"),
+        ({"host_gb": 1, "encode": "off", "cold_max_error": 0.1}, "--mosaic-cold-max-error"),
         ({"host_gb": 1, "codec": "int8"}, "--mosaic-host-gb"),
     ],
 )

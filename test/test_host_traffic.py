@@ -22,9 +22,9 @@ LAYERS, HEADS, DIM, PAGES = 2, 2, 64, 8
 DENSE_BYTES = LAYERS * PAGE_SIZE * HEADS * 2 * DIM * 2
 
 
-def pool() -> PageMemory:
-    """Eight pages in dense frames 1 to 8, the first a sink; all but it and the last two are encoded by the next
-    forward."""
+def pool(encode: str = "seal") -> PageMemory:
+    """Eight pages in dense frames 1 to 8, the first a sink; with `seal` all but it and the last two are encoded by the
+    next forward."""
     torch.manual_seed(0)
     codec = PlanesCodec(LAYERS, HEADS, DIM, DIM, device=DEVICE)
     plan = MemoryPlan(PAGES, 12, 1, FrameBytes(DENSE_BYTES, codec.frame_bytes))
@@ -32,7 +32,7 @@ def pool() -> PageMemory:
         [torch.randn((PAGES + 1) * PAGE_SIZE, HEADS, DIM, device=DEVICE).bfloat16() for _ in range(LAYERS)]
         for _ in range(2)
     )
-    config = MosaicConfig(encode="seal", calibration_pages=1, refresh_pages=0, host_gb=1)
+    config = MosaicConfig(encode=encode, calibration_pages=1, refresh_pages=0, host_gb=1)
     memory = PageMemory(plan, config, codec, k, v)
     memory.set_recent_pages(lambda: {7, 8})
     for layer in range(LAYERS):
@@ -126,3 +126,34 @@ def test_damaged_pages_are_not_valid() -> None:
         assert memory.host.valid([good, bad, good]) == 1
     assert memory.host.valid([HostPage("another", good.data)]) == 0
     memory.host.tier.close()
+
+
+@pytest.mark.parametrize("encode", ["off", "pressure"])
+def test_without_a_calibration_pages_go_and_come_uncompressed(encode: str) -> None:
+    memory = pool(encode)
+    memory.allocate([1, 2, 3], sinks=[1])
+    memory.begin_forward()
+    for x in (*memory.dense_k, *memory.dense_v):
+        x.copy_(torch.randn_like(x))
+    memory.forward_launched(torch.arange(PAGE_SIZE, 4 * PAGE_SIZE, device=DEVICE))
+    memory.begin_forward()
+    before = contents(memory, [1, 2, 3])
+    keys = page_keys(namespace("test"), range(3 * PAGE_SIZE))
+    memory.free([1, 2, 3])
+    memory.host.evicted([1, 2, 3], keys, 0)
+    memory.begin_forward()
+    tier = memory.host.tier
+    while tier.held(keys) < 3 or tier.stats()["outbox_pages"]:
+        tier.poll()
+    tier.restores.begin("request", keys, 60.0)
+    found: list[HostPage] = []
+    while not tier.restores.done("request"):
+        tier.poll()
+        found += tier.restores.take("request")
+    assert [page.epoch for page in found] == [""] * 3 and memory.host.valid(found) == 3
+    memory.restore([4, 5, 6], found, sequence_start=True)
+    memory.begin_forward()
+    for after, expected in zip(contents(memory, [4, 5, 6]), before, strict=True):
+        assert all(torch.equal(x.view(torch.uint8), y.view(torch.uint8)) for x, y in zip(after, expected, strict=True))
+    assert tier.counters.dropped == 0 and memory.epochs.current is None
+    tier.close()

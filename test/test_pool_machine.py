@@ -72,11 +72,11 @@ class Tier(HostTier):
 class Always:
     """Every page is worth waiting for."""
 
-    def budget_s(self, pages: int) -> float | None:
-        return 60.0 if pages else None
+    def enough(self, pages: int) -> bool:
+        return pages > 0
 
-    def waited(self, restoring: object) -> None:
-        pass
+    def budget_s(self, pages: int, ahead: int) -> float | None:
+        return 60.0
 
 
 class Pool(RuleBasedStateMachine):

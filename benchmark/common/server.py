@@ -52,6 +52,18 @@ class ServerProcess:
             raise
         return self
 
+    @property
+    def pid(self) -> int:
+        """Process id of the server's first process; BenchmarkError if it has ended."""
+        self.check_alive()
+        return self._process.pid
+
+    def kill(self) -> None:
+        """SIGKILL to every process of the tree at once, as a machine's end would come; `stop` is still to be called."""
+        tree = _tree(self.pid)
+        _signal_each(tree, signal.SIGKILL)
+        psutil.wait_procs(tree, timeout=60)
+
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:

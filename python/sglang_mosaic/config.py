@@ -65,6 +65,8 @@ class MosaicConfig:
     """Directory that pages on the host are written to; they survive the server, and other servers find them."""
     disk_gb: float = 10.0
     """Most of that directory's files, in GiB."""
+    restart_s: float = 60.0
+    """Longest pause before a manager that ended is started again, in seconds; the first is half a second at most."""
     restore_from: int = 64
     """Tokens of evicted pages in a row below which they are computed again."""
     audit: bool = False
@@ -124,6 +126,8 @@ class MosaicConfig:
             )
         if not self.disk_gb > 0:
             raise ConfigError(f"--mosaic-disk-gb: got {self.disk_gb}, give a positive number of GiB.")
+        if not self.restart_s > 0:
+            raise ConfigError(f"--mosaic-restart-s: got {self.restart_s}, give a positive number of seconds.")
         if self.restore_from < 1:
             raise ConfigError(f"--mosaic-restore-from: got {self.restore_from}, give a number of tokens from 1 on.")
         if not self.host_gb:
@@ -131,11 +135,15 @@ class MosaicConfig:
                 if getattr(self, name) != off:
                     flag = f"--mosaic-{name.replace('_', '-')}"
                     raise ConfigError(f"{flag}: got {getattr(self, name)!r}, which needs --mosaic-host-gb.")
-        elif self.codec != "planes" or not self.compresses:
-            raise ConfigError(
-                f"--mosaic-host-gb: got {self.host_gb}, which needs --mosaic-codec planes and --mosaic-encode pressure "
-                "or seal: only compressed pages go to the host."
-            )
+        elif self.codec != "planes":
+            raise ConfigError(f"--mosaic-host-gb: got {self.host_gb}, which needs --mosaic-codec planes.")
+        elif not self.compresses:
+            for name in ("host_max_error", "cold_max_error"):
+                if getattr(self, name):
+                    flag = f"--mosaic-{name.replace('_', '-')}"
+                    raise ConfigError(
+                        f"{flag}: got {getattr(self, name)}, which needs --mosaic-encode pressure or seal."
+                    )
 
     @property
     def compresses(self) -> bool:

@@ -131,7 +131,7 @@ def add_mosaic_group(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=default.host_gb,
         help="host memory for evicted pages, in GiB per rank: a manager process keeps them, compressed further, and "
-        "brings them back. Default: 0, evicted pages are computed again.",
+        "brings them back; with --mosaic-encode off uncompressed. Default: 0, evicted pages are computed again.",
     )
     group.add_argument(
         "--mosaic-host-max-error",
@@ -162,6 +162,14 @@ def add_mosaic_group(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=default.disk_gb,
         help="most that --mosaic-disk may hold, in GiB. Default: %(default)s.",
+    )
+    group.add_argument(
+        "--mosaic-restart-s",
+        type=float,
+        default=default.restart_s,
+        metavar="SECONDS",
+        help="longest pause before a manager that ended is started again; the first is half a second at most, each "
+        "further one twice as long, until a manager has lived for a minute. Default: %(default)s.",
     )
     group.add_argument(
         "--mosaic-restore-from",

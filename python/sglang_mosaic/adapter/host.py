@@ -27,9 +27,10 @@ from sglang_mosaic.manager.zmq_client import ZmqClient
 logger = logging.getLogger(__name__)
 
 GIB = 1 << 30
-LEAST_SLOTS, MOST_SLOTS, SLOTS_BYTES = 16, 128, GIB
-"""Payloads under way: as many as fit so many bytes, of which compressed pages touch a part. A prefill evicts many pages
-before the scheduler polls again."""
+LEAST_SLOTS, MOST_SLOTS, SLOTS_BYTES = 16, 512, GIB
+"""Payloads under way: as many as compressed pages have so many bytes. Half of them come back in one turn of the
+scheduler, which may last as long as a prefill: they must be more than that computes. A slot has room for an
+uncompressed page, of which few travel; memory that nobody wrote to takes none."""
 OUTBOX_BYTES = GIB
 """Most bytes of pages that wait for the manager, unless the host tier has less; LEAST_PAGES of them in any case."""
 LEAST_PAGES = 32
@@ -45,11 +46,12 @@ def manager_options(config: MosaicConfig, frame_bytes: FrameBytes, rope: RopeOfM
     """Options of the manager of one rank."""
     host_bytes = int(config.host_gb * GIB)
     slot_bytes = max(frame_bytes.dense, frame_bytes.mosaic)
+    usual_bytes = frame_bytes.mosaic if config.compresses and frame_bytes.mosaic else slot_bytes
     lossy = config.host_max_error or config.cold_max_error
     raw_share = 0.0 if config.disk else RAW_SHARE_LOSSY if lossy else RAW_SHARE
     return ManagerOptions(
         slot_bytes=slot_bytes,
-        slots=min(max(SLOTS_BYTES // slot_bytes, LEAST_SLOTS), MOST_SLOTS),
+        slots=min(max(SLOTS_BYTES // usual_bytes, LEAST_SLOTS), MOST_SLOTS),
         host_bytes=host_bytes,
         host_raw_bytes=int(raw_share * host_bytes),
         host_max_error=config.host_max_error,
@@ -58,6 +60,8 @@ def manager_options(config: MosaicConfig, frame_bytes: FrameBytes, rope: RopeOfM
         rope_interleaved=rope.interleaved,
         disk=config.disk,
         disk_bytes=int(config.disk_gb * GIB),
+        backoff_s=min(ManagerOptions.backoff_s, config.restart_s),
+        most_backoff_s=config.restart_s,
     )
 
 
@@ -87,7 +91,8 @@ def connect(scheduler: Any, memory: PageMemory) -> None:
     tier.poll()
     memory.connect(tier)
     rate = scheduler.tp_worker.model_runner.prefill_rate
-    scheduler.tree_cache.connect(identity(scheduler, memory), RestoringPays(config.restore_from, rate))
+    pays = RestoringPays(config.restore_from, rate, tier.restores.rate)
+    scheduler.tree_cache.connect(identity(scheduler, memory), pays)
     # From here on the scheduler asks the tree about the requests in its queue.
     scheduler.enable_hicache_storage = True
     logger.info("sglang_mosaic: evicted pages go to the host, %.3g GB%s", config.host_gb, _disk(config))
@@ -111,6 +116,8 @@ def identity(scheduler: Any, memory: PageMemory) -> bytes:
     told = {name: repr(getattr(args, name, None)) for name in fields}
     told["weights"] = _weights(args, model)
     told["rank"] = repr(scheduler.ps.tp_rank)
+    # Where nothing is compressed, nothing that was may come back.
+    told["exact"] = repr(not memory.config.compresses)
     told["codec"] = repr((REVISION, dataclasses.astuple(memory.plan.frame_bytes)))
     return namespace(json.dumps(told, sort_keys=True))
 

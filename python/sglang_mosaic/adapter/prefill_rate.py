@@ -10,15 +10,18 @@ import torch
 
 from sglang_mosaic.page import PAGE_SIZE
 
-WEIGHT = 0.3
-"""Of the newest measurement."""
+KEPT = 0.7
+"""What remains of the weight of former forwards when another one is measured."""
 
 
 class PrefillRate:
-    """Tokens per second of prefill forwards of at least a page, without waiting for the device."""
+    """Tokens per second of prefill forwards of at least a page, without waiting for the device.
+
+    All tokens over all seconds: short forwards, which are slow for their tokens, say little about long ones.
+    """
 
     def __init__(self) -> None:
-        self._rate: float | None = None
+        self._tokens = self._seconds = 0.0
         self._under_way: deque[tuple[int, torch.cuda.Event, torch.cuda.Event]] = deque()
 
     def __call__(self) -> float | None:
@@ -26,7 +29,7 @@ class PrefillRate:
         while self._under_way and self._under_way[0][2].query():
             tokens, start, end = self._under_way.popleft()
             self._add(tokens, start.elapsed_time(end) / 1000)
-        return self._rate
+        return self._tokens / self._seconds if self._seconds else None
 
     def start(self, device: torch.device) -> Any:
         """A prefill begins in the current stream; what to hand to `stop`."""
@@ -49,5 +52,5 @@ class PrefillRate:
             self()
 
     def _add(self, tokens: int, seconds: float) -> None:
-        rate = tokens / max(seconds, 1e-6)
-        self._rate = rate if self._rate is None else self._rate + WEIGHT * (rate - self._rate)
+        self._tokens = KEPT * self._tokens + tokens
+        self._seconds = KEPT * self._seconds + max(seconds, 1e-6)

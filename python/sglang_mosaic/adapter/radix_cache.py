@@ -108,14 +108,20 @@ class MosaicRadixCache(RadixCache):
         tokens, matched = request.full_untruncated_fill_ids, len(request.prefix_indices)
         whole = request._compute_max_prefix_len(len(tokens)) // PAGE_SIZE * PAGE_SIZE
         keys = self._keys_below(request.last_node, tokens[matched:whole], request.extra_key)
-        held = self._memory.host.tier.held(keys)
-        budget_s = self._pays.budget_s(held)
-        if budget_s is not None:
+        tier = self._memory.host.tier
+        held = tier.held(keys)
+        if not self._pays.enough(held):
+            return
+        budget_s = self._pays.budget_s(held, tier.restores.ahead)
+        if budget_s is None:
+            # Or nothing would be measured again, and none come back for good.
+            tier.restores.probe(keys[:held])
+        else:
             tokens = tokens[: matched + held * PAGE_SIZE]
             self._restoring[request.rid] = Restoring(
                 tokens, request.extra_key, request.priority or 0, matched // PAGE_SIZE
             )
-            self._memory.host.tier.restores.begin(request.rid, keys[:held], budget_s)
+            tier.restores.begin(request.rid, keys[:held], budget_s)
 
     def check_prefetch_progress(self, name: str) -> bool:
         """Whether a request in the queue waits for no page any more. Puts into the tree what has arrived."""
@@ -146,7 +152,6 @@ class MosaicRadixCache(RadixCache):
         asked = len(restoring.tokens) // PAGE_SIZE - restoring.first
         self._memory.host.tier.counters.restored += restoring.restored
         self._memory.host.tier.counters.missed += asked - restoring.restored - restoring.found
-        self._pays.waited(restoring)
         self._restored[name] = restoring.restored * PAGE_SIZE
 
     def _insert_restored(self, restoring: Restoring, pages: list[HostPage]) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import time
 from array import array
 from collections.abc import Callable
 
@@ -13,10 +12,6 @@ from sglang_mosaic.page import PAGE_SIZE
 
 UNKNOWN_S = 2.0
 """Wait for pages as long as nobody knows how long computing them takes."""
-SLOW = 0.3
-"""Weight of the newest of several measurements."""
-FORGET = 0.95
-"""What remains of a restore's measured time whenever it was found too long: another try comes."""
 
 
 @dataclasses.dataclass
@@ -34,7 +29,6 @@ class Restoring:
     restored: int = 0
     found: int = 0
     """Pages that somebody else brought meanwhile."""
-    since: float = dataclasses.field(default_factory=time.monotonic)
 
     def __post_init__(self) -> None:
         self.at = self.first
@@ -50,29 +44,28 @@ class RestoringPays:
     Args:
         least_tokens: a shorter run of tokens is computed.
         prefill_rate: tokens that this server computes in a second, None: not known yet.
+        page_s: seconds that a page takes to come back, None: not known yet.
     """
 
-    def __init__(self, least_tokens: int, prefill_rate: Callable[[], float | None]) -> None:
+    def __init__(
+        self, least_tokens: int, prefill_rate: Callable[[], float | None], page_s: Callable[[], float | None]
+    ) -> None:
         self._least_tokens = least_tokens
         self._prefill_rate = prefill_rate
-        self.page_s = 0.0
-        """Seconds that a restored page took."""
+        self._page_s = page_s
 
-    def budget_s(self, pages: int) -> float | None:
-        """How long to wait for pages at most: as long as computing them takes. None: compute them."""
-        if pages * PAGE_SIZE < max(self._least_tokens, 1):
-            return None
-        rate = self._prefill_rate()
+    def enough(self, pages: int) -> bool:
+        """Whether they are a run of tokens that is restored at all."""
+        return pages * PAGE_SIZE >= max(self._least_tokens, 1)
+
+    def budget_s(self, pages: int, ahead: int) -> float | None:
+        """How long to wait for pages at most: as long as computing them takes. None: compute them.
+
+        Args:
+            ahead: pages that others wait for; they come first.
+        """
+        rate, page_s = self._prefill_rate(), self._page_s()
         if rate is None:
             return UNKNOWN_S
         budget_s = pages * PAGE_SIZE / rate
-        if pages * self.page_s > budget_s:
-            self.page_s *= FORGET
-            return None
-        return budget_s
-
-    def waited(self, restoring: Restoring) -> None:
-        """A request has waited for pages."""
-        if restoring.restored:
-            page_s = (time.monotonic() - restoring.since) / restoring.restored
-            self.page_s += (page_s - self.page_s) * (SLOW if self.page_s else 1.0)
+        return None if (ahead + pages) * (page_s or 0.0) > budget_s else budget_s

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -34,8 +35,10 @@ def write_dense_bytes(
 
 
 def host_bytes(data: bytes | memoryview) -> torch.Tensor:
-    """uint8 [bytes], a copy on the host."""
-    return torch.frombuffer(bytearray(data), dtype=torch.uint8)
+    """uint8 [bytes] on the host, the same memory: not to be written to."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The given buffer is not writable")
+        return torch.frombuffer(data, dtype=torch.uint8)
 
 
 def _by_frame(k: Sequence[torch.Tensor], v: Sequence[torch.Tensor]) -> Iterator[torch.Tensor]:

@@ -27,7 +27,7 @@ class HostCounters:
 
     offered: int = 0
     dropped: int = 0
-    """Of the offered: nothing had room for them, or no calibration was there to encode them with."""
+    """Of the offered: nothing had room for them."""
     restored: int = 0
     missed: int = 0
     """Asked for and not restored: lost, damaged, unreadable, late, or without room in the pool."""
@@ -37,7 +37,7 @@ class HostTier:
     """
     Args:
         client: of the manager; closed here.
-        most_bytes: of pages that wait for the manager, in host memory.
+        most_bytes: of pages that wait for the manager, in host memory; and as many of those that have come back.
         slots: payloads that the client can have under way.
         readable: whether pages of an epoch can be read.
         adopt: makes pages of an epoch readable, given its bytes; False: they cannot be.
@@ -58,7 +58,7 @@ class HostTier:
         self._copies = HostCopies()
         self._outbox: OrderedDict[bytes, HostPage] = OrderedDict()
         self._outbox_bytes = 0
-        self.restores = Restores(client, max(slots // 2, 1), self._outbox.get, readable, adopt)
+        self.restores = Restores(client, max(slots // 2, 1), most_bytes, self._outbox.get, readable, adopt)
         self._calibration: Ticket | None = None
         self._calibrated: bytes | None = None
         self._failed = False
@@ -126,7 +126,11 @@ class HostTier:
             if key not in self._outbox:
                 self._outbox[key] = page
                 self._outbox_bytes += len(page.data)
-        for completion in self._client.poll():
+        start = time.monotonic()
+        completions = self._client.poll()
+        if came := sum(completion.seconds > 0 for completion in completions):
+            self.restores.rate.received(came, time.monotonic() - start)
+        for completion in completions:
             if completion.ticket == self._calibration:
                 self._calibration = None
                 self._failed = completion.status is not Status.OK

@@ -93,17 +93,15 @@ class HostTraffic:
         """Copies of one kind: dense frames as they are, mosaic frames of an epoch, or dense frames to encode."""
         memory = self._memory
         frames = torch.tensor([copy.frame for copy in copies], device=memory.table.frames.device)
-        if exact:
-            rows, hash_ = dense_bytes(memory.dense_k, memory.dense_v, frames), ""
-        elif epoch is not None:
+        if epoch is not None:
             rows, hash_ = memory.slab.frames[:, : epoch.frame_bytes][frames - memory.table.first_mosaic], epoch.hash
-        elif (epoch := memory.epochs.current) is not None:
-            layers = range(len(memory.dense_k))
-            rows = torch.cat([epoch.encode(layer, *memory.dense_rows(layer, frames))[0] for layer in layers], 1)
-            hash_ = epoch.hash
+        elif exact or not memory.config.compresses or memory.epochs.current is None:
+            # Before the first calibration, too: a server without pressure may never need one.
+            rows, hash_ = dense_bytes(memory.dense_k, memory.dense_v, frames), ""
         else:
-            self.tier.counters.dropped += len(copies)
-            return
+            layers, current = range(len(memory.dense_k)), memory.epochs.current
+            rows = torch.cat([current.encode(layer, *memory.dense_rows(layer, frames))[0] for layer in layers], 1)
+            hash_ = current.hash
         self.tier.keep([Label(copy.key, hash_, copy.position) for copy in copies], rows)
 
     def _holds_page(self, page: HostPage) -> bool:

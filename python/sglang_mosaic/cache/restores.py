@@ -1,19 +1,22 @@
-"""Pages that requests wait for: fetched from the manager in order, a few at a time, once for all who want them."""
+"""Pages that requests wait for: fetched from the manager in order, all at once as far as there is room, and once for
+all who want them."""
 
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import time
 from collections.abc import Callable, Sequence
 
 from sglang_mosaic.cache.host_page import HostPage, page_of
+from sglang_mosaic.cache.restore_rate import RestoreRate
 from sglang_mosaic.manager.client import Completion, ManagerClient, Status, Ticket
 
-MOST_WAITING = 64
-"""Pages of one request that may have arrived without being taken: the pool may have no room for more."""
 FETCH_S = 2.0
 """Longest wait for one page: a manager that takes longer is not well."""
+LEAST_FETCH_S = 0.2
+"""Shortest: a hiccup of the system is no reason to lose a page that others may want, too."""
+PROBES = 8
+"""Pages that are asked for to see how long they take by now."""
 
 
 @dataclasses.dataclass
@@ -24,21 +27,31 @@ class _Restore:
     """How long to wait for each."""
     deadline: float = 0.0
     taken: int = 0
+    asked: int = 0
+    """Keys before this one have arrived, or are under way."""
     end: int = 0
     """Keys from here on are not to be had."""
     arrived: dict[bytes, HostPage] = dataclasses.field(default_factory=dict)
+    index: dict[bytes, int] = dataclasses.field(default_factory=dict)
+    """Of every key."""
+
+    def __post_init__(self) -> None:
+        self.end = len(self.keys)
+        self.index = {key: i for i, key in enumerate(self.keys)}
 
     def renew(self) -> None:
         """Wait from now on for what is left."""
         self.deadline = time.monotonic() + self.page_s * (len(self.keys) - self.taken)
 
-    @property
-    def wanted(self) -> Sequence[bytes]:
-        return self.keys[self.taken : min(self.end, self.taken + MOST_WAITING)]
+    def wants(self, key: bytes) -> bool:
+        return self.taken <= self.index.get(key, -1) < self.end
 
     def ready(self) -> list[bytes]:
         """Keys of the pages that can be taken."""
-        return list(itertools.takewhile(self.arrived.__contains__, self.wanted))
+        end = self.taken
+        while end < self.end and self.keys[end] in self.arrived:
+            end += 1
+        return list(self.keys[self.taken : end])
 
 
 class Restores:
@@ -46,6 +59,7 @@ class Restores:
     Args:
         client: of the manager.
         at_once: pages under way at a time.
+        most_bytes: of pages that have arrived and were not taken, beyond which none is asked for: a queue may stand.
         own: finds pages that have not gone to the manager yet.
         readable: whether pages of an epoch can be read.
         adopt: makes pages of an epoch readable, given its bytes; False: they cannot be.
@@ -55,17 +69,21 @@ class Restores:
         self,
         client: ManagerClient,
         at_once: int,
+        most_bytes: int,
         own: Callable[[bytes], HostPage | None],
         readable: Callable[[str], bool],
         adopt: Callable[[bytes], bool],
     ) -> None:
         self._client = client
+        self.rate = RestoreRate()
         self._at_once = at_once
+        self._most_bytes = most_bytes
         self._own = own
         self._readable = readable
         self._adopt = adopt
         self._restores: dict[str, _Restore] = {}
         self._pages: dict[Ticket, bytes] = {}
+        self._probes: set[Ticket] = set()
         self._asked: set[bytes] = set()
         self._epochs: dict[Ticket, str] = {}
         self._unreadable: set[str] = set()
@@ -74,6 +92,20 @@ class Restores:
     def waiting(self) -> int:
         """Requests that wait."""
         return len(self._restores)
+
+    @property
+    def ahead(self) -> int:
+        """Pages that will be brought before those of another request."""
+        missing = sum(restore.end - restore.taken - len(restore.arrived) for restore in self._restores.values())
+        return max(missing, 0)
+
+    def probe(self, keys: Sequence[bytes]) -> None:
+        """Ask for some pages that nobody waits for, unless others are under way: only to see how long they take."""
+        if self._pages or self._probes:
+            return
+        for key in keys[:PROBES]:
+            if self._own(key) is None and self._client.connected and self._client.room:
+                self._probes.add(self._client.fetch(key, timeout_s=FETCH_S))
 
     def begin(self, name: str, keys: Sequence[bytes], budget_s: float) -> None:
         """Bring pages back, in this order.
@@ -85,7 +117,7 @@ class Restores:
         """
         if not self._restores:
             self._unreadable.clear()
-        restore = _Restore(keys, budget_s / max(len(keys), 1), end=len(keys))
+        restore = _Restore(keys, budget_s / max(len(keys), 1))
         restore.renew()
         for other in self._restores.values():
             restore.arrived.update({key: other.arrived[key] for key in keys if key in other.arrived})
@@ -105,6 +137,8 @@ class Restores:
         restore.taken += unknown
         if unknown:
             restore.renew()
+            # Now, not after the forward that comes next: it may last longer than bringing all of them.
+            self.ask()
         return pages[:unknown]
 
     def done(self, name: str) -> bool:
@@ -121,9 +155,8 @@ class Restores:
         """The request waits no longer. Nothing happens if it did not wait."""
         if self._restores.pop(name, None) is None:
             return
-        wanted = {key for restore in self._restores.values() for key in restore.wanted}
         for ticket, key in list(self._pages.items()):
-            if key not in wanted:
+            if not any(restore.wants(key) for restore in self._restores.values()):
                 self._client.cancel(ticket)
                 self._forget(ticket)
         self.ask()
@@ -131,6 +164,9 @@ class Restores:
     def completed(self, completion: Completion) -> None:
         """Take an answer of the manager; one to somebody else's question is left alone."""
         ok = completion.status is Status.OK
+        if ok and (completion.ticket in self._pages or completion.ticket in self._probes):
+            self.rate.answered(completion.seconds)
+        self._probes.discard(completion.ticket)
         if completion.ticket in self._epochs:
             hash_ = self._epochs.pop(completion.ticket)
             if not ok or not self._adopt(completion.data):
@@ -143,28 +179,39 @@ class Restores:
     def ask(self) -> None:
         """Ask for more, after the answers of a turn were taken."""
         now = time.monotonic()
+        full = self._held_bytes() >= self._most_bytes
         for restore in self._restores.values():
-            if now > restore.deadline:
+            restore.asked = max(restore.asked, restore.taken)
+            if now > restore.deadline and restore.asked > restore.taken:
                 continue
-            for key in restore.wanted:
-                if key in restore.arrived or key in self._asked:
-                    continue
-                page = self._own(key)
+            while restore.asked < restore.end:
+                key = restore.keys[restore.asked]
+                page = None if key in restore.arrived or key in self._asked else self._own(key)
                 if page is not None:
                     self._arrived(key, page)
-                    continue
-                # Without a manager they are misses at once.
-                if len(self._pages) >= self._at_once or (self._client.connected and self._client.room == 0):
-                    return
-                ticket = self._client.fetch(key, timeout_s=min(restore.deadline - now, FETCH_S))
-                self._pages[ticket] = key
-                self._asked.add(key)
+                elif key not in restore.arrived and key not in self._asked:
+                    full = full or not self._room()
+                    if full:
+                        if restore.asked == restore.taken:
+                            restore.renew()  # the manager is not late with what it was not asked for
+                        break
+                    timeout_s = min(max(restore.deadline - now, LEAST_FETCH_S), FETCH_S)
+                    self._pages[self._client.fetch(key, timeout_s=timeout_s)] = key
+                    self._asked.add(key)
+                restore.asked += 1
+
+    def _room(self) -> bool:
+        """Whether one more page may be asked for; without a manager any, as they are misses at once."""
+        return len(self._pages) < self._at_once and (not self._client.connected or self._client.room > 0)
+
+    def _held_bytes(self) -> int:
+        return sum(len(page.data) for restore in self._restores.values() for page in restore.arrived.values())
 
     def _arrived(self, key: bytes, page: HostPage | None) -> None:
         for restore in self._restores.values():
-            if key in restore.wanted:
+            if restore.wants(key):
                 if page is None:
-                    restore.end = min(restore.end, restore.keys.index(key))
+                    restore.end = min(restore.end, restore.index[key])
                 else:
                     restore.arrived[key] = page
 

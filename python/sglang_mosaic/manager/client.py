@@ -42,6 +42,9 @@ class Completion:
     """With OK."""
     data: bytes = b""
     """With OK: the record's own bytes, checked; of a calibration, the epoch's."""
+    seconds: float = 0.0
+    """With OK: what the manager took for a record, from the question or, if that was later, from its answer before; by
+    its own word, so that it does not matter when `poll` was called."""
 
 
 @dataclasses.dataclass

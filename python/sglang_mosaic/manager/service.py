@@ -247,6 +247,7 @@ class Service:
             meta=record.meta,
             payload=payload,
             total=len(data),
+            answered=time.monotonic(),
         )
 
     def _calibrate(self, request: wire.Calibrate) -> list[wire.Reply]:

@@ -19,8 +19,9 @@ from sglang_mosaic.wire.slots import SlotAllocator, SlotMemory
 
 EPOCHS = 4
 """Epochs that are given to a new manager again."""
-MESSAGES_PER_POLL = 256
-"""Most messages that one poll looks at: bounds its time."""
+MESSAGES_PER_POLL = 1024
+"""Most messages that one poll looks at: bounds its time. More than there are slots: no answer that is there may count
+as late."""
 
 
 class SlottedClient(ManagerClient):
@@ -39,6 +40,8 @@ class SlottedClient(ManagerClient):
         self._epochs: OrderedDict[str, bytes] = OrderedDict()
         self._calibrations: dict[Ticket, Calibration] = {}
         self._metrics: dict = {}
+        self._answered = 0.0
+        """When the manager gave its last answer to a fetch."""
         self._begin(SlotMemory.create(options.slots, options.slot_bytes))
 
     # What a way of messages has to offer besides `connected`.
@@ -243,11 +246,19 @@ class SlottedClient(ManagerClient):
             self._end(fetch.ticket, Status.MISS, fetch.record[1])
         else:
             self.counters.hits += 1
-            self._end(fetch.ticket, Status.OK, fetch.record[1], fetch.meta, data)
+            self._end(fetch.ticket, Status.OK, fetch.record[1], fetch.meta, data, fetch.seconds)
 
-    def _end(self, ticket: Ticket, status: Status, key: bytes = b"", meta: Meta | None = None, data=b"") -> None:
+    def _end(
+        self,
+        ticket: Ticket,
+        status: Status,
+        key: bytes = b"",
+        meta: Meta | None = None,
+        data: bytes = b"",
+        seconds: float = 0.0,
+    ) -> None:
         self._calibrations.pop(ticket, None)
-        self._completions.append(Completion(ticket, status, key, meta, data))
+        self._completions.append(Completion(ticket, status, key, meta, data, seconds))
 
     def _expire(self, now: float) -> None:
         for number, fetch in list(self._fetches.items()):
@@ -322,6 +333,7 @@ class SlottedClient(ManagerClient):
             self._finish(fetch, bytes(fetch.parts) + data if fetch.parts else data)
         else:
             fetch.parts += data
+            fetch.asked = time.monotonic()
             self._ask(fetch)
 
     def _part(self, fetch: FetchUnderWay, reply: wire.Fetched) -> bytes | None:
@@ -340,6 +352,11 @@ class SlottedClient(ManagerClient):
             self.counters.refused += 1
             return None
         fetch.meta, fetch.total = reply.meta, reply.total
+        now = time.monotonic()
+        # A time that cannot be is none: the manager may say anything.
+        answered = reply.answered if fetch.asked <= reply.answered <= now else now
+        fetch.seconds += max(answered - max(fetch.asked, self._answered), 0.0)
+        self._answered = answered
         return data
 
     def _calibrated(self, reply: wire.Calibrated) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 
 from sglang_mosaic.manager.client import Ticket
 from sglang_mosaic.manager.store.record import RecordId
@@ -38,6 +39,9 @@ class FetchUnderWay:
     record: RecordId
     slot: Slot
     deadline: float
+    asked: float = dataclasses.field(default_factory=time.monotonic)
+    seconds: float = 0.0
+    """As of `Completion.seconds`, of the parts that are here."""
     parts: bytearray = dataclasses.field(default_factory=bytearray)
     total: int | None = None
     meta: Meta | None = None

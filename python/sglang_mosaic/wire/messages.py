@@ -175,6 +175,8 @@ class Fetched(Message, frozen=True, tag="fetched"):
     payload: Payload | None = None
     total: int = 0
     """Bytes of the whole record."""
+    answered: float = 0.0
+    """When the answer was ready, by the clock of `Fetch.deadline`; 0: not said."""
 
 
 class Calibrated(Message, frozen=True, tag="calibrated"):

@@ -1,0 +1,175 @@
+"""Time to the first token of prompts whose pages come back from the host, against computing them.
+
+    python benchmark/manager/break_even.py --json break-even.json --png break-even.png
+
+For every length, so many different prompts are asked for in turn that each is evicted before its next turn comes. In
+the first round they are computed, in the later ones they are restored, all but the last tokens, which are no whole
+page. One request at a time; medians over prompts. "ratio": restored / computed. Exit status: 0, 1 when a prompt was not
+restored, 2 when there is no result.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # for `import benchmark` when run by path
+
+from matplotlib.figure import Figure
+from tokenizers import Tokenizer
+
+from benchmark.codec.rate_distortion import embedded_model
+from benchmark.common.errors import BenchmarkError
+from benchmark.common.options import integer
+from benchmark.common.report import COLOURS, environment, new_figure, public_command, write_json, write_png
+from benchmark.common.sglang_http import TokenClient
+from benchmark.common.stats import format_table, percentile
+from benchmark.common.text import make_text
+from benchmark.manager.own_server import make_server, statistics
+from benchmark.manager.saboteur import wait_for
+
+PAGE = 64
+REST = 16
+"""Tokens behind the last whole page."""
+SERVER_ARGS = (
+    "--device cpu --dtype bfloat16 --mem-fraction-static 0.1 --max-running-requests 2 --chunked-prefill-size 512 "
+    "--skip-server-warmup --sleep-on-idle --mosaic-host-gb 1 --mosaic-restore-from 1 --mosaic-encode seal "
+    "--mosaic-refresh-pages 0 --max-total-tokens 2048"
+)
+COLUMNS = ("tokens", "prompts", "computed_ms", "restored_ms", "ratio", "restored_share")
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """The options; exits with argparse's message on a bad one."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model-path", metavar="MODEL", help="checkpoint folder (default: the embedded SmolLM2)")
+    parser.add_argument(
+        "--pages", type=integer(1), nargs="+", default=[1, 2, 4, 8, 16, 24], help="of 64 tokens (default %(default)s)"
+    )
+    parser.add_argument("--rounds", type=integer(1), default=2, help="of restored prompts (default %(default)s)")
+    parser.add_argument(
+        "--server-args", default=SERVER_ARGS, metavar="STRING", help="flags of the server (default: %(default)s)"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all rows and the environment")
+    parser.add_argument("--png", type=Path, metavar="FILE", help="write a figure")
+    return parser.parse_args(argv)
+
+
+def timed(client: TokenClient, prompts: list[list[int]]) -> tuple[list[float], list[int]]:
+    """Seconds and cached tokens of each prompt."""
+    seconds, cached = [], []
+    for prompt in prompts:
+        start = time.perf_counter()
+        cached.append(client.prefill(prompt))
+        seconds.append(time.perf_counter() - start)
+    return seconds, cached
+
+
+def measure(args: argparse.Namespace, url: str, pool_tokens: int) -> list[dict[str, Any]]:
+    """A row for each length."""
+    tokenizer = Tokenizer.from_file(str(Path(args.model_path or embedded_model()) / "tokenizer.json"))
+
+    def prompt(tokens: int, seed: str) -> list[int]:
+        return tokenizer.encode(make_text(2 * tokens + 64, seed)).ids[:tokens]
+
+    client = TokenClient(url, 600.0)
+    wait_for(lambda: statistics(url)["host"]["connected"], "the manager's start")
+    # The codec is calibrated by the first prompts: not what is measured here.
+    timed(client, [prompt(1100, f"warm-up {i}") for i in range(3)])
+    rows = []
+    for pages in args.pages:
+        tokens = pages * PAGE
+        count = pool_tokens // tokens + 2
+        prompts = [prompt(tokens + REST, f"{pages} {i}") for i in range(count)]
+        computed, _ = timed(client, prompts)
+        restored, cached = [], []
+        for _ in range(args.rounds):
+            seconds, found = timed(client, prompts)
+            restored += seconds
+            cached += found
+        ms = [percentile(seconds, 50) * 1e3 for seconds in (computed, restored)]
+        rows.append(
+            {
+                "tokens": tokens,
+                "prompts": count,
+                "computed_ms": ms[0],
+                "restored_ms": ms[1],
+                "ratio": ms[1] / ms[0],
+                "restored_share": sum(cached) / (len(cached) * tokens),
+                "computed_p90_ms": percentile(computed, 90) * 1e3,
+                "restored_p90_ms": percentile(restored, 90) * 1e3,
+            }
+        )
+        print(format_table(COLUMNS, [[rows[-1][name] for name in COLUMNS]]).splitlines()[-1], flush=True)
+    client.close()
+    return rows
+
+
+def break_even(rows: list[dict[str, Any]]) -> int | None:
+    """Tokens from which on restoring was faster at every length that was measured; None: nowhere."""
+    found = None
+    for row in sorted(rows, key=lambda row: -row["tokens"]):
+        if row["ratio"] >= 1:
+            break
+        found = row["tokens"]
+    return found
+
+
+def draw(rows: list[dict[str, Any]]) -> Figure:
+    """Both times against the length."""
+    figure = new_figure(1)
+    axis = figure.axes[0]
+    for name, colour in (("computed", COLOURS["stock"]), ("restored", COLOURS["mosaic"])):
+        axis.plot([row["tokens"] for row in rows], [row[f"{name}_ms"] for row in rows], "o-", color=colour, label=name)
+    axis.set_xscale("log", base=2)
+    axis.set_yscale("log")
+    axis.set_xlabel("tokens of the prefix")
+    axis.set_ylabel("time to the first token, ms, median")
+    axis.legend(fontsize="small")
+    return figure
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the script; returns the exit status."""
+    args = parse_arguments(argv)
+    load = os.getloadavg()
+    try:
+        with (
+            tempfile.TemporaryDirectory(prefix="mosaic-break-even-") as folder,
+            make_server(args.model_path, Path(folder) / "server.log", args.server_args) as server,
+        ):
+            pool = statistics(server.url)["logical_pages"] * PAGE
+            rows = measure(args, server.url, pool)
+            host = statistics(server.url)["host"]
+    except BenchmarkError as error:
+        print(f"break_even: {error}", file=sys.stderr)
+        return 2
+    least = break_even(rows)
+    print(format_table(COLUMNS, [[row[name] for name in COLUMNS] for row in rows]))
+    print(f"restoring is faster from {least} tokens on" if least else "restoring is faster at no length")
+    if args.json:
+        plain = {key: value for key, value in vars(args).items() if key not in ("json", "png", "model_path")}
+        report = {
+            "benchmark": "break_even",
+            "environment": {**environment(), "load_average_at_start": load, "load_average_at_end": os.getloadavg()},
+            "arguments": {**plain, "server_args": public_command([args.server_args])[0]},
+            "rows": rows,
+            "break_even_tokens": least,
+            "host": {name: host[name] for name in ("offered", "dropped", "restored", "missed")},
+        }
+        write_json(args.json, report)
+    if args.png:
+        write_png(args.png, draw(rows))
+    lost = [row for row in rows if row["restored_share"] < 0.99]
+    for row in lost:
+        print(f"FAILED: of {row['tokens']} tokens only {row['restored_share']:.0%} came back", file=sys.stderr)
+    return 1 if lost else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
