@@ -3,12 +3,16 @@ statistics, metrics."""
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from typing import Any
 
 from sglang_mosaic.adapter import host
 from sglang_mosaic.adapter.arguments import selects_mosaic
+from sglang_mosaic.adapter.prefix_hits import PrefixHits
+from sglang_mosaic.adapter.sight.question import layer_of
 from sglang_mosaic.cache.memory import PageMemory
+from sglang_mosaic.cache.picture import layer_picture
 from sglang_mosaic.page import PAGE_SIZE
 
 logger = logging.getLogger(__name__)
@@ -19,6 +23,7 @@ def after_scheduler_init(_result: None, self: Any, *args: Any, **kwargs: Any) ->
     if not selects_mosaic(self.server_args):
         return
     memory = memory_of(self.token_to_kv_pool_allocator)
+    self.mosaic_prefix_hits = PrefixHits()
     memory.set_recent_pages(RecentPages(self, memory.config.window_pages))
     # SGLang admits a prompt only if a page stays free beside it, but refuses it only from the pool's size on: those in
     # between would wait forever, and everyone behind them.
@@ -88,9 +93,20 @@ def after_idle_check(_result: None, self: Any) -> None:
         logger.info("sglang_mosaic audit %d clean", memory.audits)
 
 
+def after_prefill_report(_result: None, self: Any, batch: Any, prefill_stats: Any, *args: Any, **kwargs: Any) -> None:
+    """A prefill has run."""
+    hits = getattr(self.scheduler, "mosaic_prefix_hits", None)
+    if hits is not None:
+        hits.add(prefill_stats)
+
+
 def around_get_internal_state(original, self, recv_req):
-    """Add ``mosaic`` to the state that /get_server_info shows."""
+    """Add ``mosaic`` to the state that /get_server_info shows, and to what /mosaic/stats asks for its picture."""
     output = original(self, recv_req)
     if selects_mosaic(self.server_args):
-        output.internal_state["mosaic"] = memory_of(self.token_to_kv_pool_allocator).stats()
+        memory = memory_of(self.token_to_kv_pool_allocator)
+        output.internal_state["mosaic"] = memory.stats() | {"prefix": dataclasses.asdict(self.mosaic_prefix_hits)}
+        layer = layer_of(recv_req.rid)
+        if layer is not None:
+            output.internal_state["mosaic"]["picture"] = layer_picture(memory, layer)
     return output

@@ -77,6 +77,11 @@ class PlanesEpoch(Epoch):
     def span(self, layer: int) -> slice:
         return self._spans[layer]
 
+    def headers(self, layer: int) -> list[int]:
+        """Of every head's segment in a frame, the byte that tells its format's number."""
+        heads = len(self.layers[layer].heads)
+        return self._headers[layer * heads : (layer + 1) * heads]
+
     def encode(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         plan = self.layers[layer]
         basis, heads = plan.basis, len(plan.heads)
