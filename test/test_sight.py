@@ -148,7 +148,7 @@ def test_nobody_gets_figures_without_the_key(url: str, memory: PageMemory) -> No
     picture = requests.get(f"{url}/mosaic/stats?layer=1", headers=key, timeout=30).json()["ranks"][0]["picture"]
     assert picture["layer"] == 1
     unknown = requests.get(f"{url}/mosaic/stats?layer={LAYERS}", headers=key, timeout=30)
-    assert unknown.status_code == 400 and "0 to 1" in unknown.json()["detail"]
+    assert unknown.status_code == 400 and "0 to 1" in unknown.json()["error"]
     assert requests.get(f"{url}/mosaic/stats?layer=first", headers=key, timeout=30).status_code == 422
 
 

@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-from sglang_mosaic.adapter import arguments, cpu_hooks, host, observe, sizing
+from sglang_mosaic.adapter import arguments, cpu_hooks, host, observe, sizing, tenants
 from sglang_mosaic.adapter.cpu_platform import is_active as on_plain_cpu
 from sglang_mosaic.adapter.sight import routes
 from sglang_mosaic.adapter.versions import SUPPORTED, sglang_version
@@ -42,6 +42,7 @@ _EVERYWHERE = (
     Hook(f"{_CONFIGURATOR}._build_token_to_kv_pool_allocator", sizing.around_build_allocator, HookType.AROUND),
     Hook("sglang.srt.models.utils.enable_fused_set_kv_buffer", sizing.around_fused_set_kv_buffer, HookType.AROUND),
     Hook(f"{_SCHEDULER}.__init__", observe.after_scheduler_init, HookType.AFTER),
+    Hook(f"{_SCHEDULER}.handle_generate_request", tenants.before_request, HookType.BEFORE),
     Hook(f"{_SCHEDULER}.get_next_batch_to_run", host.before_next_batch, HookType.BEFORE),
     Hook(f"{_SCHEDULER}.get_next_batch_to_run", observe.before_next_batch, HookType.BEFORE),
     Hook(f"{_SCHEDULER}._prefetch_kvcache", host.around_prefetch, HookType.AROUND),

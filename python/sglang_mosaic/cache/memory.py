@@ -7,7 +7,8 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 
 import torch
 
-from sglang_mosaic.cache.audit import audit_frames, audit_free_list, audit_tree
+from sglang_mosaic.cache.audit import audit_epochs, audit_frames, audit_free_list, audit_table, audit_tree
+from sglang_mosaic.cache.canary import PageCanary
 from sglang_mosaic.cache.encoding_errors import EncodingErrors
 from sglang_mosaic.cache.epochs import EpochTable
 from sglang_mosaic.cache.host_page import HostPage
@@ -19,7 +20,7 @@ from sglang_mosaic.codec.base import Codec, Epoch
 from sglang_mosaic.codec.calibration_job import statistics_to_bytes
 from sglang_mosaic.codec.storage import epoch_from_bytes, epoch_to_bytes
 from sglang_mosaic.config import MosaicConfig
-from sglang_mosaic.errors import ConfigError, InvariantError
+from sglang_mosaic.errors import ConfigError
 from sglang_mosaic.layout import MemoryPlan
 from sglang_mosaic.page import PAGE_SIZE, PageState
 from sglang_mosaic.pool.page_table import PageTable
@@ -66,8 +67,9 @@ class PageMemory:
         self._errors = EncodingErrors(len(dense_k), device)
         self.lifecycle = PageLifecycle(plan)
         self.host: HostTraffic | None = None
-        self.audits = 0
+        self.audits = self.step_audits = 0
         self._audited: int | None = None
+        self._canary = PageCanary(self) if config.audit else None
         self._written: list[torch.Tensor] = []
 
     def set_recent_pages(self, recent_pages: Callable[[], Collection[int]]) -> None:
@@ -90,12 +92,16 @@ class PageMemory:
     def free(self, pages: list[int]) -> None:
         """Pages were taken back."""
         self.lifecycle.free(pages)
+        if self._canary is not None:
+            self._canary.forget(pages)
 
     def clear(self) -> None:
         """All pages were taken back; nothing is running."""
         self._written.clear()
         self._unjudged.clear()
         self.lifecycle.clear()
+        if self._canary is not None:
+            self._canary.clear()
 
     def restore(self, pages: Sequence[int], contents: Sequence[HostPage], sequence_start: bool) -> None:
         """As `HostTraffic.restore`."""
@@ -169,13 +175,31 @@ class PageMemory:
         Raises:
             InvariantError: names the first violation.
         """
+        self._check(free_pages, tree_pages)
+        self.audits += 1
+        self._audited = self.lifecycle.counters.events
+
+    def audit_step(self, free_pages: Iterable[int], tree_pages: Iterable[int]) -> None:
+        """The same between two steps, in the thread that launches them.
+
+        Raises:
+            InvariantError: names the first violation.
+        """
+        self._check(free_pages, tree_pages)
+        self.step_audits += 1
+
+    def _check(self, free_pages: Iterable[int], tree_pages: Iterable[int]) -> None:
         self._seal_written()
+        if self.table.frames.is_cuda:
+            # The table and the pages are what the last step makes of them.
+            torch.cuda.synchronize(self.table.frames.device)
         audit_frames(self.lifecycle)
         audit_free_list(self.lifecycle, free_pages)
         audit_tree(self.lifecycle, tree_pages)
-        self._audit_table()
-        self.audits += 1
-        self._audited = self.lifecycle.counters.events
+        audit_table(self.lifecycle, self.table.frames.tolist())
+        audit_epochs(self.lifecycle, self.epochs, self.table.first_mosaic)
+        if self._canary is not None:
+            self._canary.check()
 
     @property
     def changed_since_audit(self) -> bool:
@@ -213,6 +237,7 @@ class PageMemory:
             "pages_encoded_over_error": pages.counters.encoded_costly,
             "encodings_cancelled": pages.counters.cancelled,
             "audits": self.audits,
+            "step_audits": self.step_audits,
             "host": None if self.host is None else self.host.tier.stats(),
         }
 
@@ -308,9 +333,3 @@ class PageMemory:
             SampledPage([k[i].clone() for k, _ in layers], [v[i].clone() for _, v in layers])
             for i in range(len(frames))
         ]
-
-    def _audit_table(self) -> None:
-        pending = self.lifecycle.pending_pages
-        for page, (found, expected) in enumerate(zip(self.table.frames.tolist(), self.lifecycle.frame, strict=True)):
-            if page and page not in pending and found != expected:
-                raise InvariantError(f"the page table has page {page} at frame {found} instead of {expected}")

@@ -10,7 +10,7 @@ import functools
 from importlib import resources
 from typing import Any
 
-from fastapi import FastAPI, HTTPException
+from fastapi import FastAPI
 from fastapi.responses import HTMLResponse, JSONResponse
 
 from sglang_mosaic.adapter.arguments import selects_mosaic
@@ -55,11 +55,8 @@ async def page() -> HTMLResponse:
 
 
 async def stats(layer: int | None = None) -> JSONResponse:
-    """Counters and gauges of every data-parallel rank, and with `layer` how that layer's pages are compressed.
-
-    Raises:
-        HTTPException: 400, the pool has no such layer or nothing to show of it.
-    """
+    """Counters and gauges of every data-parallel rank, and with `layer` how that layer's pages are compressed; status
+    400 and an ``error`` where the pool has no such layer or nothing to show of it."""
     from sglang.srt.entrypoints.http_server import get_global_state
     from sglang.srt.managers.io_struct import GetInternalStateReq
 
@@ -69,7 +66,7 @@ async def stats(layer: int | None = None) -> JSONResponse:
     ranks = [reply.internal_state["mosaic"] for reply in await manager.get_internal_state_communicator(question)]
     for rank in ranks:
         if why := rank.get("picture", {}).get("error"):
-            raise HTTPException(400, why)
+            return JSONResponse({"error": why}, 400)
     return JSONResponse({"ranks": ranks}, headers={"cache-control": "no-store"})
 
 
