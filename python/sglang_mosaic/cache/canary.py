@@ -61,10 +61,10 @@ class PageCanary:
         pages = again + first
         checksums = self._checksums([at_rest[page] for page in pages])
         for page, checksum in zip(pages, checksums, strict=True):
-            seen = self._seen.get(page)
-            if seen is not None and seen.checksum != checksum:
+            before = self._seen.get(page)
+            if before is not None and before.checksum != checksum:
                 state = self._memory.lifecycle.state[page].name
-                raise InvariantError(f"page {page} ({state}, frame {seen.frame}) changed, and nobody may write to it")
+                raise InvariantError(f"page {page} ({state}, frame {before.frame}) changed, and nobody may write to it")
             self._seen[page] = _Seen(at_rest[page], checksum)
             self._seen.move_to_end(page)
 
@@ -78,7 +78,8 @@ class PageCanary:
         }
 
     def _checksums(self, frames: list[int]) -> list[int]:
-        memory, sums = self._memory, {}
+        memory = self._memory
+        sums: dict[int, int] = {}
         dense = [frame for frame in frames if frame < memory.table.first_mosaic]
         mosaic = [frame for frame in frames if frame >= memory.table.first_mosaic]
         device = memory.table.frames.device

@@ -48,7 +48,8 @@ class _Group:
         """Whether it reads the same pages of the same requests."""
         mine, others = ([sequence.key for sequence in group.sequences] for group in (self, other))
         return (mine, len(self.items)) == (others, len(other.items)) and all(
-            a[:2] == b[:2] and torch.equal(a.frames, b.frames) for a, b in zip(self.items, other.items, strict=True)
+            a[:2] == b[:2] and torch.equal(torch.as_tensor(a.frames), torch.as_tensor(b.frames))
+            for a, b in zip(self.items, other.items, strict=True)
         )
 
 
@@ -82,7 +83,7 @@ class SharedSelections:
             ages = [] if old is None else [
                 new.tokens - then.tokens for new, then in zip(group.sequences, old.sequences, strict=False)
             ]  # fmt: skip
-            if ages and old.reads_as(group) and all(0 < age < self._steps for age in ages):
+            if old is not None and ages and old.reads_as(group) and all(0 < age < self._steps for age in ages):
                 group.selected = old.selected
                 self._group = old
         return group
@@ -132,20 +133,23 @@ class KernelAttention:
                 found = attend_pages(rotated, self._memory.slab.frames, batch, tables.formats, scale)
                 joined = combine([(*found, batch.first_piece)], batch, tables.v_unrotate, dense_out, dense_lse)
             else:
-                joined = self._read_selected(layer, group, rotated, tables, dense_out, dense_lse, scale)
+                joined = self._read_selected(
+                    layer, group, group.selection, rotated, tables, dense_out, dense_lse, scale
+                )
             out[rows] = joined.to(out.dtype)
 
     def _read_selected(
         self,
         layer: int,
         group: _Group,
+        room: SelectionPlan,
         rotated: torch.Tensor,
         tables: LayerTables,
         dense_out: torch.Tensor,
         dense_lse: torch.Tensor,
         scale: float,
     ) -> torch.Tensor:
-        data, batch, room, formats = self._memory.slab.frames, group.batch, group.selection, tables.formats
+        data, batch, formats = self._memory.slab.frames, group.batch, tables.formats
         fresh = layer not in group.selected
         if fresh:
             keys, page_lse = scan(rotated, data, dense_lse, batch, formats, scale)

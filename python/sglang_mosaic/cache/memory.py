@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Collection, Iterable, Sequence
+from typing import Any
 
 import torch
 
@@ -18,6 +19,7 @@ from sglang_mosaic.cache.lifecycle import Copy, Encoding, Operation, PageLifecyc
 from sglang_mosaic.cache.samples import PageSamples, SampledPage
 from sglang_mosaic.codec.base import Codec, Epoch
 from sglang_mosaic.codec.calibration_job import statistics_to_bytes
+from sglang_mosaic.codec.planes import planes_codec_of, planes_of
 from sglang_mosaic.codec.storage import epoch_from_bytes, epoch_to_bytes
 from sglang_mosaic.config import MosaicConfig
 from sglang_mosaic.errors import ConfigError
@@ -80,7 +82,7 @@ class PageMemory:
         """Let evicted pages go to the host and come back from it."""
         self.host = HostTraffic(self, tier)
         for epoch in self.epochs.live:
-            tier.put_epoch(epoch.hash, epoch_to_bytes(epoch))
+            tier.put_epoch(epoch.hash, epoch_to_bytes(planes_of(epoch)))
 
     # Events of the allocator (schedule stream; host only).
 
@@ -106,7 +108,7 @@ class PageMemory:
     def restore(self, pages: Sequence[int], contents: Sequence[HostPage], sequence_start: bool) -> None:
         """As `HostTraffic.restore`."""
         self._seal_written()
-        self.host.restore(pages, contents, sequence_start)
+        self._connected.restore(pages, contents, sequence_start)
 
     def adopt(self, data: bytes) -> bool:
         """Make pages of an epoch from the host readable; False: it is not of this cache, or too many are alive."""
@@ -114,7 +116,7 @@ class PageMemory:
             epoch = epoch_from_bytes(data, self.table.frames.device)
         except ConfigError:
             return False
-        return self.codec.fits(epoch) and self.epochs.adopt(epoch, self._mosaic_in_use())
+        return planes_codec_of(self.codec).fits(epoch) and self.epochs.adopt(epoch, self._mosaic_in_use())
 
     # Events of the forward (its own stream).
 
@@ -250,13 +252,13 @@ class PageMemory:
         last = slots[slots % PAGE_SIZE == PAGE_SIZE - 1]
         self.lifecycle.seal((last // PAGE_SIZE).tolist())
 
-    def _apply(self, kind: type[Operation], operations: list) -> None:
+    def _apply(self, kind: type[Operation], operations: list[Any]) -> None:
         if kind is Encoding:
             self._encode(operations)
         elif kind is Copy:
-            self.host.copy_out(operations)
+            self._connected.copy_out(operations)
         else:
-            self.host.bring_back(operations)
+            self._connected.bring_back(operations)
 
     def _encode(self, encodings: list[Encoding]) -> None:
         dense = [e.dense_frame for e in encodings]
@@ -265,7 +267,7 @@ class PageMemory:
         if self.epochs.due(frame for frame in self._mosaic_in_use() if frame not in target):
             self._calibrate(dense)
         device = self.table.frames.device
-        epoch = self.epochs.current
+        epoch = self._newest
         source = torch.tensor(dense, device=device)
         rows = torch.tensor([e.mosaic_frame for e in encodings], device=device) - self.table.first_mosaic
         for layer in range(len(self.dense_k)):
@@ -274,6 +276,16 @@ class PageMemory:
             self._errors.add(layer, errors)
         self._errors.encoded(len(encodings))
         self.epochs.written(e.mosaic_frame for e in encodings)
+
+    @property
+    def _connected(self) -> HostTraffic:
+        assert self.host is not None  # who asks for it has been given pages of it
+        return self.host
+
+    @property
+    def _newest(self) -> Epoch:
+        assert self.epochs.current is not None  # pages are encoded and judged once there is one
+        return self.epochs.current
 
     def _mosaic_in_use(self) -> Iterable[int]:
         return (frame for frame in self.lifecycle.frame if frame >= self.table.first_mosaic)
@@ -297,7 +309,7 @@ class PageMemory:
         frames = torch.tensor([self.lifecycle.frame[page] for page in pages], device=self.table.frames.device)
         squared = torch.zeros(len(pages), dtype=torch.float64, device=frames.device)
         for layer in range(len(self.dense_k)):
-            _, errors = self.epochs.current.encode(layer, *self.dense_rows(layer, frames))
+            _, errors = self._newest.encode(layer, *self.dense_rows(layer, frames))
             squared += errors.double().square().mean(1) / len(self.dense_k)
         over = (squared.sqrt() > limit).tolist()
         self.lifecycle.costly.update(page for page, exceeds in zip(pages, over, strict=True) if exceeds)
@@ -310,7 +322,7 @@ class PageMemory:
             return
         samples = self._samples.layers(frames, self.table.frames.device)
         if tier is not None and tier.calibrates:
-            tier.calibrate(statistics_to_bytes(self.codec.statistics(samples)))
+            tier.calibrate(statistics_to_bytes(planes_codec_of(self.codec).statistics(samples)))
         else:
             self._start(self.codec.calibrate(samples))
 
@@ -324,7 +336,7 @@ class PageMemory:
         self.epochs.start(epoch)
         self._on_epoch(epoch)
         if self.host is not None:
-            self.host.tier.put_epoch(epoch.hash, epoch_to_bytes(epoch))
+            self.host.tier.put_epoch(epoch.hash, epoch_to_bytes(planes_of(epoch)))
 
     def _read(self, frames: list[int]) -> list[SampledPage]:
         rows = torch.tensor(frames, device=self.table.frames.device)

@@ -8,6 +8,7 @@ import torch
 
 from mosaic_kernels.segment_table import SegmentTable, make_table
 from sglang_mosaic.cache.memory import PageMemory
+from sglang_mosaic.codec.planes import planes_of
 
 
 class LayerTables(NamedTuple):
@@ -38,7 +39,7 @@ class SegmentTables:
     def layer(self, layer: int) -> LayerTables:
         """The tables of a layer, for all epochs that are alive now."""
         numbers = self._memory.epochs.numbers
-        rare = frozenset().union(*(epoch.rare for epoch in self._memory.epochs.live))
+        rare = frozenset[str]().union(*(planes_of(epoch).rare for epoch in self._memory.epochs.live))
         if (numbers, rare) != (self._numbers, self._rare):
             self._numbers, self._rare = numbers, rare
             self._layers.clear()
@@ -47,7 +48,7 @@ class SegmentTables:
         return self._layers[layer]
 
     def _make(self, layer: int) -> LayerTables:
-        epochs = [self._memory.epochs[number] for number in self._numbers]
+        epochs = [planes_of(self._memory.epochs[number]) for number in self._numbers]
         bases = [epoch.layers[layer].basis for epoch in epochs]
         return LayerTables(
             {number: slot for slot, number in enumerate(self._numbers)},
