@@ -75,12 +75,12 @@ LAUNCHES = {
         (*COMMON, "--mosaic-encode", "seal", "--mosaic-refresh-pages", "0", "--mosaic-kv-mib", "111", "--mosaic-audit"),
     ),
     # Pages are compressed when memory runs out (the default); 4,096 logical tokens. Started as a drop-in by SGLang's
-    # own launcher, and made to retract a running request now and then.
+    # own launcher, made to retract a running request now and then, and audited between steps.
     "pressure": Launch(
         "sglang.launch_server",
         (
             *("--attention-backend", "mosaic", "--radix-cache-backend", "mosaic"),
-            *(*COMMON, "--mosaic-refresh-pages", "0", "--mosaic-kv-mib", "57", "--mosaic-audit"),
+            *(*COMMON, "--mosaic-refresh-pages", "0", "--mosaic-kv-mib", "57", "--mosaic-audit", "20"),
         ),
         {"SGLANG_TEST_RETRACT": "1", "SGLANG_TEST_RETRACT_INTERVAL": "20"},
     ),

@@ -170,7 +170,7 @@ def _head(layer: _Measured, head: int, allocator: Allocator, segment_bytes: int,
     sparse = TopKFormat.fitting(segment_bytes, k_dim, layer.rows.v.shape[-1], page_size)
     if sparse is not None:
         formats[sparse] = None
-    # Ordinary formats come first; what is chosen for pages is what they are scanned in.
+    # The scan is measured in the format that serves the sample best.
     ordinary = next(fmt for fmt in formats if isinstance(fmt, SegmentFormat))
     selection = _selection(layer, head, ordinary, scale)
     return HeadPlan(segment_bytes, tuple(formats), *weights, selection)
