@@ -7,10 +7,10 @@ export VENV PYTHON HOST PORT MODEL
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help install model serve test test-gpu lint clean
+.PHONY: help install model serve test test-gpu lint type docs-check clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install: ## install the server and this project into .venv (or VENV=DIR); quick when there is nothing to do
 	@scripts/install_cpu.sh
@@ -31,6 +31,12 @@ test-gpu: install ## run the tests that have something to do there on this machi
 lint: install ## check the code with ruff
 	@$(PY) -m ruff check .
 
+type: ## check types with mypy: strict below the adapter
+	@$(PY) -m mypy
+
+docs-check: install model ## run the commands of the documents that are marked as runnable on a CPU
+	@$(PY) scripts/docs_check.py
+
 clean: ## remove caches and build outputs; the virtual environment and the model stay
-	@rm -rf build dist .pytest_cache .ruff_cache .hypothesis
+	@rm -rf build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	@find python kernels test -type d -name __pycache__ -prune -exec rm -rf {} +

@@ -18,6 +18,8 @@ SERVER_FILES = (
     "test_server_calibrated.py",
     "test_server_abuse.py",
     "test_server_host_tier.py",
+    "test_server_sight.py",
+    "test_server_tenants.py",
     "test_server_dropin.py",
     "test_server_errors.py",
 )
@@ -65,7 +67,7 @@ def pressure_server(servers: Servers) -> Server:
 
 @pytest.fixture
 def host_server(servers: Servers) -> Server:
-    """Ours, with a host tier behind a pool of two prompts."""
+    """Ours, with a host tier behind a pool of two prompts, and a key."""
     return servers["host"]
 
 

@@ -49,6 +49,13 @@ class Launch:
     flags: tuple[str, ...]
     environment: dict[str, str] = dataclasses.field(default_factory=dict)
 
+    @property
+    def headers(self) -> dict[str, str]:
+        """What its clients must send."""
+        if "--api-key" not in self.flags:
+            return {}
+        return {"authorization": f"Bearer {self.flags[self.flags.index('--api-key') + 1]}"}
+
 
 LAUNCHES = {
     # SGLang without us, and ours with nothing compressed, equal in every other flag. The pool is so small that the
@@ -72,22 +79,23 @@ LAUNCHES = {
         (*COMMON, "--mosaic-encode", "seal", "--mosaic-refresh-pages", "0", "--mosaic-kv-mib", "111", "--mosaic-audit"),
     ),
     # Pages are compressed when memory runs out (the default); 4,096 logical tokens. Started as a drop-in by SGLang's
-    # own launcher, and made to retract a running request now and then.
+    # own launcher, made to retract a running request now and then, and audited between steps.
     "pressure": Launch(
         "sglang.launch_server",
         (
             *("--attention-backend", "mosaic", "--radix-cache-backend", "mosaic"),
-            *(*COMMON, "--mosaic-refresh-pages", "0", "--mosaic-kv-mib", "57", "--mosaic-audit"),
+            *(*COMMON, "--mosaic-refresh-pages", "0", "--mosaic-kv-mib", "57", "--mosaic-audit", "20"),
         ),
         {"SGLANG_TEST_RETRACT": "1", "SGLANG_TEST_RETRACT_INTERVAL": "20"},
     ),
-    # Evicted pages go to the host; 1,024 logical tokens, which is two prompts of test_server_host_tier.py.
+    # Evicted pages go to the host; 1,024 logical tokens, which is two prompts of test_server_host_tier.py. Nobody is
+    # served without the key.
     "host": Launch(
         "sglang_mosaic.launch_server",
         (
             *(*COMMON, "--max-running-requests", "2", "--chunked-prefill-size", "256", "--mosaic-kv-mib", "24"),
             *("--mosaic-encode", "seal", "--mosaic-calibration-pages", "7", "--mosaic-refresh-pages", "0"),
-            *("--mosaic-host-gb", "0.25", "--mosaic-audit"),
+            *("--mosaic-host-gb", "0.25", "--mosaic-audit", "--api-key", "only-for-tests"),
         ),
     ),
     # The smallest pool that the refusal of a smaller one names (test_server_errors.py).
@@ -102,21 +110,23 @@ _HARMLESS = re.compile(r"server_args=|No module named|disconnected from the clie
 class Server:
     """One running server."""
 
-    def __init__(self, name: str, process: ServerProcess) -> None:
+    def __init__(self, name: str, process: ServerProcess, headers: dict[str, str]) -> None:
         self.name = name
         self.url = process.url
         self.process = process
+        self.headers = headers
 
-    def generate(self, prompt: str | list[int], max_new_tokens: int) -> Answer:
+    def generate(self, prompt: str | list[int], max_new_tokens: int, **more: Any) -> Answer:
         """Greedy answer to a text or to token ids, exactly `max_new_tokens` long."""
-        response = requests.post(f"{self.url}/generate", json=generate_body(prompt, max_new_tokens), timeout=300)
+        body = generate_body(prompt, max_new_tokens, **more)
+        response = requests.post(f"{self.url}/generate", json=body, headers=self.headers, timeout=300)
         assert response.ok, f"{self.name}: HTTP {response.status_code}: {response.text[:500]}"
         return Answer.of(response.json())
 
-    def chat(self, messages: list[dict[str, str]], max_tokens: int = 24) -> tuple[str, int, int]:
+    def chat(self, messages: list[dict[str, str]], max_tokens: int = 24, **more: Any) -> tuple[str, int, int]:
         """Greedy chat completion; its text, prompt tokens, and how many of those came from the cache."""
-        body = {"model": "default", "messages": messages, "max_tokens": max_tokens, "temperature": 0}
-        response = requests.post(f"{self.url}/v1/chat/completions", json=body, timeout=300)
+        body = {"model": "default", "messages": messages, "max_tokens": max_tokens, "temperature": 0, **more}
+        response = requests.post(f"{self.url}/v1/chat/completions", json=body, headers=self.headers, timeout=300)
         assert response.ok, f"{self.name}: HTTP {response.status_code}: {response.text[:500]}"
         reply = response.json()
         usage = reply["usage"]
@@ -149,7 +159,7 @@ class Server:
         deadline = time.monotonic() + patience_s
         while True:
             self.process.check_alive()
-            stats, load = self.stats(), requests.get(f"{self.url}/v1/loads", timeout=60).json()["loads"][0]
+            stats, load = self.stats(), self.get("/v1/loads").json()["loads"][0]
             if stats["audits"] > audits_before and not load["num_running_reqs"] and not load["num_waiting_reqs"]:
                 return stats
             assert time.monotonic() < deadline, f"{self.name}: no audit in {patience_s} s; {stats}, {load}"
@@ -160,8 +170,12 @@ class Server:
         lines = self.process.log_path.read_text(errors="replace").splitlines()
         return [line[:300] for line in lines if _TROUBLE.search(line) and not _HARMLESS.search(line)]
 
+    def get(self, path: str) -> requests.Response:
+        """Answer to a GET of a path."""
+        return requests.get(f"{self.url}{path}", headers=self.headers, timeout=60)
+
     def _info(self) -> dict[str, Any]:
-        return requests.get(f"{self.url}/get_server_info", timeout=60).json()
+        return self.get("/get_server_info").json()
 
 
 class Servers:
@@ -187,7 +201,7 @@ class Servers:
         argv = python("-m", launch.module, *launch.flags, *address, **launch.environment)
         process = ServerProcess(argv, url, self._log_dir / f"{self._starts}-{name}.log", health_timeout_s=300)
         process.__enter__()
-        self._alive[name] = Server(name, process)
+        self._alive[name] = Server(name, process, launch.headers)
         return self._alive[name]
 
     def make_room(self) -> None:

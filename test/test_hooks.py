@@ -48,7 +48,7 @@ def test_mosaic_flags_without_the_backend_are_refused(monkeypatch):
     with pytest.raises(SystemExit, match="add --attention-backend mosaic"):
         arguments.before_from_cli_args(object, parser.parse_args(["--mosaic-encode", "seal"]))
     arguments.before_from_cli_args(object, parser.parse_args(["--attention-backend", "mosaic", "--mosaic-audit"]))
-    assert MosaicConfig.load() == MosaicConfig(audit=True)
+    assert MosaicConfig.load() == MosaicConfig(audit=0)
 
 
 def test_a_checkpoint_that_asks_for_an_fp8_cache_is_refused():

@@ -98,7 +98,7 @@ class Pool(RuleBasedStateMachine):
         # Poison: reading a dense frame that no forward has written gives NaN.
         k = [torch.full(((dense + 1) * PAGE_SIZE, 1, DIM), torch.nan)]
         v = [torch.full(((dense + 1) * PAGE_SIZE, 1, DIM), torch.nan)]
-        config = MosaicConfig(encode=policy, calibration_pages=2, refresh_pages=refresh, max_error=limit)
+        config = MosaicConfig(encode=policy, calibration_pages=2, refresh_pages=refresh, max_error=limit, audit=1)
         self.memory = PageMemory(plan, config, codec, k, v)
         kv_cache = SimpleNamespace(memory=self.memory)
         allocator = with_page_events(cpu_allocator_class())
@@ -352,6 +352,7 @@ class Pool(RuleBasedStateMachine):
     @precondition(lambda self: self.used)
     @rule()
     def audit(self) -> None:
+        self._device_catches_up()  # audits wait for it
         self.memory.audit(self.allocator.host_free_pages(), self.tree.pages())
 
     def teardown(self) -> None:

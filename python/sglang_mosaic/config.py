@@ -69,8 +69,11 @@ class MosaicConfig:
     """Longest pause before a manager that ended is started again, in seconds; the first is half a second at most."""
     restore_from: int = 64
     """Tokens of evicted pages in a row below which they are computed again."""
-    audit: bool = False
-    """Check every invariant of the pool whenever the server is idle, and stop it on the first violation."""
+    audit: int | None = None
+    """Check every invariant of the pool whenever the server is idle, and stop it on the first violation. A number above
+    0: also every so many turns of the scheduler, and that no full page changes. None: never."""
+    isolate: bool = False
+    """Requests that name no tenant (SGLang's ``cache_salt`` or ``extra_key``) share no page with any other."""
 
     def __post_init__(self) -> None:
         if self.encode not in ENCODE_POLICIES:
@@ -85,6 +88,8 @@ class MosaicConfig:
             )
         if self.calibration_pages < 1:
             raise ConfigError(f"--mosaic-calibration-pages: got {self.calibration_pages}, give at least 1.")
+        if self.audit is not None and self.audit < 0:
+            raise ConfigError(f"--mosaic-audit: got {self.audit}, give a number of scheduler turns, or 0 (when idle).")
         self._check_codec()
         self._check_selection()
         self._check_host()

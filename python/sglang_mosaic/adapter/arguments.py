@@ -180,10 +180,22 @@ def add_mosaic_group(parser: argparse.ArgumentParser) -> None:
         "what it measured. Default: %(default)s.",
     )
     group.add_argument(
-        "--mosaic-audit",
+        "--mosaic-isolate",
         action="store_true",
+        default=default.isolate,
+        help="requests that name no tenant (cache_salt or extra_key in their body) share no page with any other. "
+        "Default: they share with one another; those that name one share with those that name the same.",
+    )
+    group.add_argument(
+        "--mosaic-audit",
+        type=int,
+        nargs="?",
+        const=0,
         default=default.audit,
-        help="check every invariant of the page pool whenever the server is idle; stop on a violation.",
+        metavar="N",
+        help="check every invariant of the page pool whenever the server is idle; stop on a violation. With a number: "
+        "also every N turns of the scheduler, and that no page changes once it is full. Slow for small N: a GPU is "
+        "waited for.",
     )
 
 

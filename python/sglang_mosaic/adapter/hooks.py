@@ -7,12 +7,14 @@ table is verified wherever the mosaic backend is selected, and a gap ends the pr
 from __future__ import annotations
 
 import dataclasses
+import multiprocessing
 from collections.abc import Callable
 
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-from sglang_mosaic.adapter import arguments, cpu_hooks, host, observe, sizing
+from sglang_mosaic.adapter import arguments, cpu_hooks, host, observe, sizing, tenants
 from sglang_mosaic.adapter.cpu_platform import is_active as on_plain_cpu
+from sglang_mosaic.adapter.sight import routes
 from sglang_mosaic.adapter.versions import SUPPORTED, sglang_version
 
 
@@ -27,6 +29,7 @@ _SERVER_ARGS = "sglang.srt.server_args.ServerArgs"
 _CONFIGURATOR = "sglang.srt.mem_cache.kv_cache_configurator.KVCacheConfigurator"
 _POOL_SIZES = "sglang.srt.model_executor.pool_configurator.DefaultPoolConfigurator"
 _SCHEDULER = "sglang.srt.managers.scheduler.Scheduler"
+_REPORTER = "sglang.srt.managers.scheduler_components.metrics_reporter.SchedulerMetricsReporter"
 _CHECKER = "sglang.srt.managers.scheduler_components.invariant_checker.SchedulerInvariantChecker"
 
 _EVERYWHERE = (
@@ -39,12 +42,24 @@ _EVERYWHERE = (
     Hook(f"{_CONFIGURATOR}._build_token_to_kv_pool_allocator", sizing.around_build_allocator, HookType.AROUND),
     Hook("sglang.srt.models.utils.enable_fused_set_kv_buffer", sizing.around_fused_set_kv_buffer, HookType.AROUND),
     Hook(f"{_SCHEDULER}.__init__", observe.after_scheduler_init, HookType.AFTER),
+    Hook(f"{_SCHEDULER}.handle_generate_request", tenants.before_request, HookType.BEFORE),
     Hook(f"{_SCHEDULER}.get_next_batch_to_run", host.before_next_batch, HookType.BEFORE),
     Hook(f"{_SCHEDULER}.get_next_batch_to_run", observe.before_next_batch, HookType.BEFORE),
     Hook(f"{_SCHEDULER}._prefetch_kvcache", host.around_prefetch, HookType.AROUND),
     Hook(f"{_SCHEDULER}.maybe_sleep_on_idle", host.around_idle_sleep, HookType.AROUND),
     Hook(f"{_SCHEDULER}.get_internal_state", observe.around_get_internal_state, HookType.AROUND),
+    Hook(f"{_REPORTER}.report_prefill_stats", observe.after_prefill_report, HookType.AFTER),
     Hook(f"{_CHECKER}._check_tree_cache", observe.after_idle_check, HookType.AFTER),
+)
+
+# Where the HTTP server runs. Its module takes a second to import, which the processes that it starts need not wait for.
+_SERVING = (
+    Hook(
+        "sglang.srt.entrypoints.http_server._setup_and_run_http_server",
+        routes.before_serving,
+        HookType.BEFORE,
+    ),
+    Hook("sglang.srt.utils.auth.add_api_key_middleware", routes.after_key_middleware, HookType.AFTER),
 )
 
 _PLAIN_CPU = (
@@ -55,7 +70,8 @@ _PLAIN_CPU = (
 
 def table() -> tuple[Hook, ...]:
     """The hooks that this process needs."""
-    return _EVERYWHERE + (_PLAIN_CPU if on_plain_cpu() else ())
+    serving = multiprocessing.parent_process() is None
+    return _EVERYWHERE + (_SERVING if serving else ()) + (_PLAIN_CPU if on_plain_cpu() else ())
 
 
 def install() -> None:

@@ -3,12 +3,18 @@ statistics, metrics."""
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import logging
+from collections.abc import Collection
 from typing import Any
 
 from sglang_mosaic.adapter import host
 from sglang_mosaic.adapter.arguments import selects_mosaic
+from sglang_mosaic.adapter.prefix_hits import PrefixHits
+from sglang_mosaic.adapter.sight.question import layer_of
 from sglang_mosaic.cache.memory import PageMemory
+from sglang_mosaic.cache.picture import layer_picture
 from sglang_mosaic.page import PAGE_SIZE
 
 logger = logging.getLogger(__name__)
@@ -19,11 +25,15 @@ def after_scheduler_init(_result: None, self: Any, *args: Any, **kwargs: Any) ->
     if not selects_mosaic(self.server_args):
         return
     memory = memory_of(self.token_to_kv_pool_allocator)
+    self.mosaic_prefix_hits = PrefixHits()
+    self.mosaic_isolate = memory.config.isolate
     memory.set_recent_pages(RecentPages(self, memory.config.window_pages))
     # SGLang admits a prompt only if a page stays free beside it, but refuses it only from the pool's size on: those in
     # between would wait forever, and everyone behind them.
     self.max_req_input_len = min(self.max_req_input_len, self.max_total_num_tokens - PAGE_SIZE)
     host.connect(self, memory)
+    if memory.config.audit:
+        self.mosaic_audit_turns = itertools.cycle(reversed(range(memory.config.audit)))
     if self.metrics_collector_context.current_scheduler_metrics_enabled:
         # Not before SGLang has told prometheus_client how processes share /metrics.
         from sglang_mosaic.adapter.metrics import Exporter
@@ -36,6 +46,9 @@ def before_next_batch(self: Any, *args: Any, **kwargs: Any) -> None:
     exporter = getattr(self, "mosaic_exporter", None)
     if exporter is not None:
         exporter.turn()
+    turns = getattr(self, "mosaic_audit_turns", None)
+    if turns is not None and next(turns) == 0:
+        memory_of(self.token_to_kv_pool_allocator).audit_step(*_holdings(self))
 
 
 def memory_of(allocator: Any) -> PageMemory:
@@ -82,15 +95,35 @@ def after_idle_check(_result: None, self: Any) -> None:
     if not selects_mosaic(self.server_args):
         return
     memory = memory_of(self.token_to_kv_pool_allocator)
-    if memory.config.audit and memory.changed_since_audit:
-        tree_pages = self.tree_cache.pages() if hasattr(self.tree_cache, "pages") else ()
-        memory.audit(self.token_to_kv_pool_allocator.host_free_pages(), tree_pages)
+    if memory.config.audit is not None and memory.changed_since_audit:
+        memory.audit(*_holdings(self))
         logger.info("sglang_mosaic audit %d clean", memory.audits)
 
 
+def _holdings(holder: Any) -> tuple[list[int], Collection[int]]:
+    """Pages that SGLang's free list and its prefix tree hold.
+
+    Args:
+        holder: the scheduler or its invariant checker.
+    """
+    tree = holder.tree_cache
+    return holder.token_to_kv_pool_allocator.host_free_pages(), tree.pages() if hasattr(tree, "pages") else ()
+
+
+def after_prefill_report(_result: None, self: Any, batch: Any, prefill_stats: Any, *args: Any, **kwargs: Any) -> None:
+    """A prefill has run."""
+    hits = getattr(self.scheduler, "mosaic_prefix_hits", None)
+    if hits is not None:
+        hits.add(prefill_stats)
+
+
 def around_get_internal_state(original, self, recv_req):
-    """Add ``mosaic`` to the state that /get_server_info shows."""
+    """Add ``mosaic`` to the state that /get_server_info shows, and to what /mosaic/stats asks for its picture."""
     output = original(self, recv_req)
     if selects_mosaic(self.server_args):
-        output.internal_state["mosaic"] = memory_of(self.token_to_kv_pool_allocator).stats()
+        memory = memory_of(self.token_to_kv_pool_allocator)
+        output.internal_state["mosaic"] = memory.stats() | {"prefix": dataclasses.asdict(self.mosaic_prefix_hits)}
+        layer = layer_of(recv_req.rid)
+        if layer is not None:
+            output.internal_state["mosaic"]["picture"] = layer_picture(memory, layer)
     return output

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
+import torch
+
+from sglang_mosaic.cache.epochs import EpochTable
 from sglang_mosaic.cache.lifecycle import PageLifecycle
 from sglang_mosaic.errors import InvariantError
 from sglang_mosaic.page import UNMAPPED, PageState
@@ -69,3 +72,35 @@ def audit_tree(pages: PageLifecycle, tree_pages: Iterable[int]) -> None:
             raise InvariantError(f"page {page} hangs on {count} tree positions")
         if pages.state[page] in (PageState.FREE, PageState.OPEN):
             raise InvariantError(f"the prefix tree holds page {page}, which is {pages.state[page].name}")
+
+
+def audit_table(pages: PageLifecycle, table: Sequence[int]) -> None:
+    """Addressing: the device finds every page where the host has it, but for what the next forward will change.
+
+    Args:
+        pages: the host's view.
+        table: frame of each logical page, page 0 included, as the device has it.
+
+    Raises:
+        InvariantError: attention would read another page.
+    """
+    pending = pages.pending_pages
+    for page, (found, expected) in enumerate(zip(table, pages.frame, strict=True)):
+        if page and page not in pending and found != expected:
+            raise InvariantError(f"the page table has page {page} at frame {found} instead of {expected}")
+
+
+def audit_epochs(pages: PageLifecycle, epochs: EpochTable, first_mosaic: int) -> None:
+    """Reading: the calibration of every compressed page is alive.
+
+    Raises:
+        InvariantError: nobody could decode the page.
+    """
+    pending = pages.pending_pages
+    compressed = [
+        (page, frame) for page, frame in enumerate(pages.frame) if frame >= first_mosaic and page not in pending
+    ]
+    numbers = epochs.numbers_of(torch.tensor([frame for _, frame in compressed], dtype=torch.int64)).tolist()
+    for (page, frame), number in zip(compressed, numbers, strict=True):
+        if number not in epochs.numbers:
+            raise InvariantError(f"page {page} in frame {frame} is of calibration {number}, which is gone")

@@ -13,6 +13,7 @@ from sglang_mosaic.cache.host_page import HostPage, Label
 from sglang_mosaic.cache.host_tier import HostTier
 from sglang_mosaic.cache.lifecycle import Copy, Restore
 from sglang_mosaic.codec.base import Epoch
+from sglang_mosaic.codec.planes import planes_of
 from sglang_mosaic.page import PAGE_SIZE
 
 if TYPE_CHECKING:
@@ -58,7 +59,9 @@ class HostTraffic:
         lifecycle, epochs = self._memory.lifecycle, self._memory.epochs
         mosaic = [(page, content) for page, content in zip(pages, contents, strict=True) if content.epoch]
         for page, content in mosaic:
-            epochs.assign([lifecycle.restore_mosaic(page, content.data)], epochs.number(content.epoch))
+            number = epochs.number(content.epoch)
+            assert number is not None  # valid pages are of a live epoch
+            epochs.assign([lifecycle.restore_mosaic(page, content.data)], number)
         # Dense pages last: making room for one takes mosaic frames.
         for i, (page, content) in enumerate(zip(pages, contents, strict=True)):
             if not content.epoch:
@@ -94,12 +97,13 @@ class HostTraffic:
         memory = self._memory
         frames = torch.tensor([copy.frame for copy in copies], device=memory.table.frames.device)
         if epoch is not None:
-            rows, hash_ = memory.slab.frames[:, : epoch.frame_bytes][frames - memory.table.first_mosaic], epoch.hash
-        elif exact or not memory.config.compresses or memory.epochs.current is None:
+            used = memory.slab.frames[:, : planes_of(epoch).frame_bytes]
+            rows, hash_ = used[frames - memory.table.first_mosaic], epoch.hash
+        elif exact or not memory.config.compresses or (current := memory.epochs.current) is None:
             # Before the first calibration, too: a server without pressure may never need one.
             rows, hash_ = dense_bytes(memory.dense_k, memory.dense_v, frames), ""
         else:
-            layers, current = range(len(memory.dense_k)), memory.epochs.current
+            layers = range(len(memory.dense_k))
             rows = torch.cat([current.encode(layer, *memory.dense_rows(layer, frames))[0] for layer in layers], 1)
             hash_ = current.hash
         self.tier.keep([Label(copy.key, hash_, copy.position) for copy in copies], rows)
@@ -110,6 +114,7 @@ class HostTraffic:
             return len(page.data) == self._memory.plan.frame_bytes.dense
         epochs = self._memory.epochs
         number = epochs.number(page.epoch)
-        if number is None or len(page.data) != epochs[number].frame_bytes:
+        if number is None:
             return False
-        return epochs[number].admit(host_bytes(page.data)[None])
+        epoch = planes_of(epochs[number])
+        return len(page.data) == epoch.frame_bytes and epoch.admit(host_bytes(page.data)[None])

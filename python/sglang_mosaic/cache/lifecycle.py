@@ -52,7 +52,7 @@ class Restore:
     """Bytes that come back from the host into a frame."""
 
     frame: int
-    data: bytes
+    data: bytes | memoryview
 
 
 Operation = Encoding | Copy | Restore
@@ -220,7 +220,7 @@ class PageLifecycle:
         self._operations[turn] = Copy(key, position, place.frame, epoch, exact=place.last and not place.mosaic)
         self.counters.copied += 1
 
-    def restore_mosaic(self, page: int, data: bytes) -> int:
+    def restore_mosaic(self, page: int, data: bytes | memoryview) -> int:
         """FREE -> MOSAIC, with bytes of a mosaic frame from the host; gives the frame.
 
         Raises:
@@ -228,7 +228,7 @@ class PageLifecycle:
         """
         return self._restore(page, PageState.MOSAIC, self.mosaic.take(), data)
 
-    def restore_dense(self, page: int, data: bytes, sink: bool) -> int:
+    def restore_dense(self, page: int, data: bytes | memoryview, sink: bool) -> int:
         """FREE -> SEALED, with bytes of a dense frame from the host; gives the frame.
 
         Args:
@@ -302,7 +302,7 @@ class PageLifecycle:
             self.frame[page] = self._table[page] = encoding.mosaic_frame
             self.dense.give_back(encoding.dense_frame)
 
-    def _restore(self, page: int, state: PageState, frame: int, data: bytes) -> int:
+    def _restore(self, page: int, state: PageState, frame: int, data: bytes | memoryview) -> int:
         if self.state[page] is not PageState.FREE:
             raise InvariantError(f"page {page} was restored while it was {self.state[page].name}")
         self.state[page] = state

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Collection, Iterable, Sequence
+from typing import Any
 
 import torch
 
-from sglang_mosaic.cache.audit import audit_frames, audit_free_list, audit_tree
+from sglang_mosaic.cache.audit import audit_epochs, audit_frames, audit_free_list, audit_table, audit_tree
 from sglang_mosaic.cache.calibration_process import CalibrationProcess
+from sglang_mosaic.cache.canary import PageCanary
 from sglang_mosaic.cache.encoding_errors import EncodingErrors
 from sglang_mosaic.cache.epochs import EpochTable
 from sglang_mosaic.cache.host_page import HostPage
@@ -18,9 +20,10 @@ from sglang_mosaic.cache.lifecycle import Copy, Encoding, Operation, PageLifecyc
 from sglang_mosaic.cache.samples import PageSamples, SampledPage
 from sglang_mosaic.codec.base import Codec, Epoch
 from sglang_mosaic.codec.calibration_job import statistics_to_bytes
+from sglang_mosaic.codec.planes import planes_codec_of, planes_of
 from sglang_mosaic.codec.storage import epoch_from_bytes, epoch_to_bytes
 from sglang_mosaic.config import MosaicConfig
-from sglang_mosaic.errors import ConfigError, InvariantError
+from sglang_mosaic.errors import ConfigError
 from sglang_mosaic.layout import MemoryPlan
 from sglang_mosaic.page import PAGE_SIZE, PageState
 from sglang_mosaic.pool.page_table import PageTable
@@ -72,8 +75,9 @@ class PageMemory:
         self._errors = EncodingErrors(len(dense_k), device)
         self.lifecycle = PageLifecycle(plan)
         self.host: HostTraffic | None = None
-        self.audits = 0
+        self.audits = self.step_audits = 0
         self._audited: int | None = None
+        self._canary = PageCanary(self) if config.audit else None
         self._written: list[torch.Tensor] = []
 
     def set_recent_pages(self, recent_pages: Callable[[], Collection[int]]) -> None:
@@ -84,7 +88,7 @@ class PageMemory:
         """Let evicted pages go to the host and come back from it."""
         self.host = HostTraffic(self, tier)
         for epoch in self.epochs.live:
-            tier.put_epoch(epoch.hash, epoch_to_bytes(epoch))
+            tier.put_epoch(epoch.hash, epoch_to_bytes(planes_of(epoch)))
 
     # Events of the allocator (schedule stream; host only).
 
@@ -96,17 +100,21 @@ class PageMemory:
     def free(self, pages: list[int]) -> None:
         """Pages were taken back."""
         self.lifecycle.free(pages)
+        if self._canary is not None:
+            self._canary.forget(pages)
 
     def clear(self) -> None:
         """All pages were taken back; nothing is running."""
         self._written.clear()
         self._unjudged.clear()
         self.lifecycle.clear()
+        if self._canary is not None:
+            self._canary.clear()
 
     def restore(self, pages: Sequence[int], contents: Sequence[HostPage], sequence_start: bool) -> None:
         """As `HostTraffic.restore`."""
         self._seal_written()
-        self.host.restore(pages, contents, sequence_start)
+        self._connected.restore(pages, contents, sequence_start)
 
     def adopt(self, data: bytes) -> bool:
         """Make pages of an epoch from the host readable; False: it is not of this cache, or too many are alive."""
@@ -114,7 +122,7 @@ class PageMemory:
             epoch = epoch_from_bytes(data, self.table.frames.device)
         except ConfigError:
             return False
-        return self.codec.fits(epoch) and self.epochs.adopt(epoch, self._mosaic_in_use())
+        return planes_codec_of(self.codec).fits(epoch) and self.epochs.adopt(epoch, self._mosaic_in_use())
 
     # Events of the forward (its own stream).
 
@@ -175,13 +183,31 @@ class PageMemory:
         Raises:
             InvariantError: names the first violation.
         """
+        self._check(free_pages, tree_pages)
+        self.audits += 1
+        self._audited = self.lifecycle.counters.events
+
+    def audit_step(self, free_pages: Iterable[int], tree_pages: Iterable[int]) -> None:
+        """The same between two steps, in the thread that launches them.
+
+        Raises:
+            InvariantError: names the first violation.
+        """
+        self._check(free_pages, tree_pages)
+        self.step_audits += 1
+
+    def _check(self, free_pages: Iterable[int], tree_pages: Iterable[int]) -> None:
         self._seal_written()
+        if self.table.frames.is_cuda:
+            # The table and the pages are what the last step makes of them.
+            torch.cuda.synchronize(self.table.frames.device)
         audit_frames(self.lifecycle)
         audit_free_list(self.lifecycle, free_pages)
         audit_tree(self.lifecycle, tree_pages)
-        self._audit_table()
-        self.audits += 1
-        self._audited = self.lifecycle.counters.events
+        audit_table(self.lifecycle, self.table.frames.tolist())
+        audit_epochs(self.lifecycle, self.epochs, self.table.first_mosaic)
+        if self._canary is not None:
+            self._canary.check()
 
     @property
     def changed_since_audit(self) -> bool:
@@ -219,6 +245,7 @@ class PageMemory:
             "pages_encoded_over_error": pages.counters.encoded_costly,
             "encodings_cancelled": pages.counters.cancelled,
             "audits": self.audits,
+            "step_audits": self.step_audits,
             "host": None if self.host is None else self.host.tier.stats(),
         }
 
@@ -231,13 +258,13 @@ class PageMemory:
         last = slots[slots % PAGE_SIZE == PAGE_SIZE - 1]
         self.lifecycle.seal((last // PAGE_SIZE).tolist())
 
-    def _apply(self, kind: type[Operation], operations: list) -> None:
+    def _apply(self, kind: type[Operation], operations: list[Any]) -> None:
         if kind is Encoding:
             self._encode(operations)
         elif kind is Copy:
-            self.host.copy_out(operations)
+            self._connected.copy_out(operations)
         else:
-            self.host.bring_back(operations)
+            self._connected.bring_back(operations)
 
     def _encode(self, encodings: list[Encoding]) -> None:
         dense = [e.dense_frame for e in encodings]
@@ -246,7 +273,7 @@ class PageMemory:
         if self.epochs.due(frame for frame in self._mosaic_in_use() if frame not in target):
             self._calibrate(dense)
         device = self.table.frames.device
-        epoch = self.epochs.current
+        epoch = self._newest
         source = torch.tensor(dense, device=device)
         rows = torch.tensor([e.mosaic_frame for e in encodings], device=device) - self.table.first_mosaic
         for layer in range(len(self.dense_k)):
@@ -255,6 +282,16 @@ class PageMemory:
             self._errors.add(layer, errors)
         self._errors.encoded(len(encodings))
         self.epochs.written(e.mosaic_frame for e in encodings)
+
+    @property
+    def _connected(self) -> HostTraffic:
+        assert self.host is not None  # who asks for it has been given pages of it
+        return self.host
+
+    @property
+    def _newest(self) -> Epoch:
+        assert self.epochs.current is not None  # pages are encoded and judged once there is one
+        return self.epochs.current
 
     def _mosaic_in_use(self) -> Iterable[int]:
         return (frame for frame in self.lifecycle.frame if frame >= self.table.first_mosaic)
@@ -278,7 +315,7 @@ class PageMemory:
         frames = torch.tensor([self.lifecycle.frame[page] for page in pages], device=self.table.frames.device)
         squared = torch.zeros(len(pages), dtype=torch.float64, device=frames.device)
         for layer in range(len(self.dense_k)):
-            _, errors = self.epochs.current.encode(layer, *self.dense_rows(layer, frames))
+            _, errors = self._newest.encode(layer, *self.dense_rows(layer, frames))
             squared += errors.double().square().mean(1) / len(self.dense_k)
         over = (squared.sqrt() > limit).tolist()
         self.lifecycle.costly.update(page for page, exceeds in zip(pages, over, strict=True) if exceeds)
@@ -293,11 +330,12 @@ class PageMemory:
             return
         sample, device = self._samples.pages(frames), self.table.frames.device
         if tier is not None and tier.calibrates:
-            tier.calibrate(statistics_to_bytes(self.codec.statistics(sample.layers(device))))
+            tier.calibrate(statistics_to_bytes(planes_codec_of(self.codec).statistics(sample.layers(device))))
         elif beside is not None and beside.calibrates:
             # Hundreds of MB for a large model: another thread copies them, and not to the device and back.
-            queries = [of_layer.cpu() for of_layer in self.codec.take_queries()]
-            beside.calibrate(lambda: self.codec.statistics(sample.layers(torch.device("cpu")), queries))
+            codec = planes_codec_of(self.codec)
+            queries = [of_layer.cpu() for of_layer in codec.take_queries()]
+            beside.calibrate(lambda: codec.statistics(sample.layers(torch.device("cpu")), queries))
         else:
             # All waits for the first one; where another follows at once it is a quick one.
             quick = first and self._beside is not None and bool(self.config.refresh_pages)
@@ -315,7 +353,7 @@ class PageMemory:
         self.epochs.start(epoch, lasting)
         self._on_epoch(epoch)
         if self.host is not None:
-            self.host.tier.put_epoch(epoch.hash, epoch_to_bytes(epoch))
+            self.host.tier.put_epoch(epoch.hash, epoch_to_bytes(planes_of(epoch)))
 
     def _read(self, frames: list[int]) -> list[SampledPage]:
         rows = torch.tensor(frames, device=self.table.frames.device)
@@ -324,9 +362,3 @@ class PageMemory:
             SampledPage([k[i].clone() for k, _ in layers], [v[i].clone() for _, v in layers])
             for i in range(len(frames))
         ]
-
-    def _audit_table(self) -> None:
-        pending = self.lifecycle.pending_pages
-        for page, (found, expected) in enumerate(zip(self.table.frames.tolist(), self.lifecycle.frame, strict=True)):
-            if page and page not in pending and found != expected:
-                raise InvariantError(f"the page table has page {page} at frame {found} instead of {expected}")

@@ -16,7 +16,7 @@ import torch
 from mosaic_kernels.attend.launch import attend
 from mosaic_kernels.merge_lse.reference import merge
 from sglang_mosaic.cache.memory import PageMemory
-from sglang_mosaic.cache.selection import Selections
+from sglang_mosaic.cache.selection import SelectionPlan, Selections
 from sglang_mosaic.page import PAGE_SIZE
 
 Decode = Callable[[int, torch.Tensor, int], tuple[torch.Tensor, torch.Tensor]]
@@ -131,16 +131,19 @@ class MixedAttention:
                     piece = attend(rotated[key], k_rows, v_rows, scale)
                 mosaic[key] = merge(*mosaic[key], *piece) if key in mosaic else piece
         if self._selecting is not None:
-            self._add_far(layer, mosaic)
+            self._add_far(self._selecting, layer, mosaic)
         for (i, number), (rotated_out, lse) in mosaic.items():
             piece = memory.epochs[number].unrotate_output(layer, rotated_out), lse
             results[i] = merge(*results[i], *piece)
         for part, (result, _) in zip(self._parts, results, strict=True):
             out[part.rows] = result.to(out.dtype)
 
-    def _add_far(self, layer: int, mosaic: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]]) -> None:
-        for i in self._selecting.readers:
-            for number, piece in self._selecting.far(layer, i).items():
+    @staticmethod
+    def _add_far(
+        selecting: SelectionPlan, layer: int, mosaic: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]]
+    ) -> None:
+        for i in selecting.readers:
+            for number, piece in selecting.far(layer, i).items():
                 mosaic[i, number] = merge(*mosaic[i, number], *piece)
 
     def _decode_by_epoch(self, layer: int, frames: torch.Tensor, number: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -174,7 +174,8 @@ class Restores:
         elif completion.ticket in self._pages:
             key = self._pages[completion.ticket]
             self._forget(completion.ticket)
-            self._arrived(key, page_of(completion.meta, completion.data) if ok else None)
+            meta = completion.meta
+            self._arrived(key, page_of(meta, completion.data) if ok and meta is not None else None)
 
     def ask(self) -> None:
         """Ask for more, after the answers of a turn were taken."""

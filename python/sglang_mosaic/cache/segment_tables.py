@@ -8,7 +8,7 @@ import torch
 
 from mosaic_kernels.segment_table import SegmentTable, empty_table, make_table
 from sglang_mosaic.cache.memory import PageMemory
-from sglang_mosaic.codec.planes import PlanesEpoch
+from sglang_mosaic.codec.planes import PlanesEpoch, planes_of
 from sglang_mosaic.page import PAGE_SIZE
 
 FORMATS = 8
@@ -68,7 +68,7 @@ class SegmentTables:
         epochs = self._memory.epochs
         wanted = self._sizes
         for epoch in epochs.live:
-            wanted = wanted.union(_needs(epoch))
+            wanted = wanted.union(_needs(planes_of(epoch)))
         if not self._layers or wanted != self._sizes:
             self._sizes = wanted
             self._written.clear()
@@ -95,7 +95,7 @@ class SegmentTables:
         )
 
     def _write(self, number: int, slot: int) -> None:
-        epoch, sizes = self._memory.epochs[number], self._sizes
+        epoch, sizes = planes_of(self._memory.epochs[number]), self._sizes
         for layer, tables in enumerate(self._layers):
             formats = [epoch.head_formats(layer)]
             one = make_table(formats, "cpu", topk=sizes.topk, exceptions=sizes.exceptions, room=sizes.formats)

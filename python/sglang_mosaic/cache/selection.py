@@ -17,6 +17,7 @@ from mosaic_kernels.merge_lse.reference import merge
 from mosaic_kernels.scan.keys import keys_of
 from mosaic_kernels.select.reference import attend_selected, choose_tokens, far_logits, from_rows, rows_of
 from sglang_mosaic.cache.memory import PageMemory
+from sglang_mosaic.codec.planes import planes_of
 from sglang_mosaic.config import MosaicConfig
 from sglang_mosaic.page import PAGE_SIZE
 
@@ -115,9 +116,10 @@ class SelectionPlan:
             known: log-sum-exp [Tq, Hq] of each sequence over its dense tokens.
             scale: factor of the logits.
         """
-        self._now = {i: self._recall(i, layer) for i in self.readers}
+        recalled = {i: self._recall(i, layer) for i in self.readers}
+        self._now = {i: chosen for i, chosen in recalled.items() if chosen is not None}
         self._selected_lse.clear()
-        fresh = [i for i, chosen in self._now.items() if chosen is None]
+        fresh = [i for i, chosen in recalled.items() if chosen is None]
         for i, (logits, bias) in self._scan(layer, fresh, rotated, scale).items():
             sequence = self._sequences[i]
             lse = rows_of(known[i][..., None], len(logits))[..., 0]
@@ -165,7 +167,7 @@ class SelectionPlan:
         for b in self.readers[i]:
             block = self._blocks[b]
             data = self._memory.mosaic_data(layer, self._device_frames[i, b], block.epoch)
-            means = self._memory.epochs[block.epoch].mean_values(layer, data).transpose(0, 1)
+            means = planes_of(self._memory.epochs[block.epoch]).mean_values(layer, data).transpose(0, 1)
             logits = chosen.far[..., self._pages(i, b)] + drift
             total = logits.logsumexp(-1)
             weights = torch.exp(logits - torch.where(total == -torch.inf, 0.0, total)[..., None])
@@ -188,7 +190,7 @@ class SelectionPlan:
     def _recall(self, i: int, layer: int) -> _Chosen | None:
         """An earlier selection, pages that are new since read whole."""
         sequence = self._sequences[i]
-        old = self._remembered.get((sequence.key, layer))
+        old = None if sequence.key is None else self._remembered.get((sequence.key, layer))
         if old is None or sequence.queries > 1 or not 0 < sequence.tokens - old.tokens < self._config.select_steps:
             return None
         frames = self._frames(i)
@@ -212,7 +214,7 @@ class SelectionPlan:
             readers = [i for i in fresh if b in self.readers[i]]
             if not readers:
                 continue
-            epoch = self._memory.epochs[block.epoch]
+            epoch = planes_of(self._memory.epochs[block.epoch])
             for i in readers:
                 frames = self._device_frames[i, b]
                 keys = epoch.scan(layer, self._memory.mosaic_data(layer, frames, block.epoch))

@@ -200,7 +200,9 @@ def _head(layer: _Measured, head: int, allocator: Allocator, segment_bytes: int,
     sparse = TopKFormat.fitting(segment_bytes, k_dim, layer.rows.v.shape[-1], page_size)
     if sparse is not None:
         formats[sparse] = None
-    selection = _selection(layer, head, next(iter(formats)), scale)
+    # The scan is measured in the format that serves the sample best.
+    ordinary = next(fmt for fmt in formats if isinstance(fmt, SegmentFormat))
+    selection = _selection(layer, head, ordinary, scale)
     return HeadPlan(segment_bytes, tuple(formats), *weights, selection)
 
 

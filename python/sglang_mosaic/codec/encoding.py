@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -54,7 +54,7 @@ def encode_segments(segments: Segments, k_rot: torch.Tensor, v_rot: torch.Tensor
     plan, pages = segments.plan, k_rot.shape[1]
     data = torch.zeros(pages, plan.nbytes, dtype=torch.uint8, device=k_rot.device)
     errors = torch.zeros(len(plan.heads), pages, device=k_rot.device)
-    rare = set()
+    rare: frozenset[str] = frozenset()
     for h, i, rows in by_format(choose(k_rot, v_rot, segments.choices).T, plan):
         head, (k, v) = plan.heads[h], (k_rot[h][rows], v_rot[h][rows])
         found = torch.zeros(len(rows), head.segment_bytes, dtype=torch.uint8, device=k.device)
@@ -63,8 +63,8 @@ def encode_segments(segments: Segments, k_rot: torch.Tensor, v_rot: torch.Tensor
         error = relative_error(k - k_coded, v - v_coded, head.k_weight, segments.v_weights[h])
         put_header(found, i, error)
         data[rows, segments.spans[h]], errors[h, rows] = found, error
-        rare.add(rare_kind(head.formats[i]))
-    return Encoded(data, errors.T, frozenset(rare - {None}))
+        rare |= rare_kinds([head.formats[i]])
+    return Encoded(data, errors.T, rare)
 
 
 def rare_kind(fmt: Format) -> str | None:
@@ -72,6 +72,11 @@ def rare_kind(fmt: Format) -> str | None:
     if isinstance(fmt, TopKFormat):
         return "topk"
     return "exceptions" if fmt.exceptions else None
+
+
+def rare_kinds(formats: Iterable[Format]) -> frozenset[str]:
+    """`rare_kind` of those that have one."""
+    return frozenset(kind for fmt in formats if (kind := rare_kind(fmt)) is not None)
 
 
 def by_format(choices: torch.Tensor, plan: LayerPlan) -> Iterator[Chosen]:

@@ -12,7 +12,7 @@ from mosaic_kernels.segment_encode.launch import encode_pages
 from mosaic_kernels.segment_error.launch import write_errors
 from mosaic_kernels.segment_table import HeadFormats, make_table
 from sglang_mosaic.codec import strategies
-from sglang_mosaic.codec.encoding import Chosen, Encoded, Segments, by_format, rare_kind
+from sglang_mosaic.codec.encoding import Chosen, Encoded, Segments, by_format, rare_kind, rare_kinds
 
 
 class KernelEncoder:
@@ -60,7 +60,7 @@ class KernelEncoder:
             data[rows, self._segments.spans[h]] = found
         table = self._table if rare else self._ordinary
         errors = write_errors(k_rot, v_rot, numbers, data, self._costs, table)
-        return Encoded(data, errors, frozenset(rare_kind(heads[h].formats[i]) for h, i, _ in rare))
+        return Encoded(data, errors, rare_kinds(heads[h].formats[i] for h, i, _ in rare))
 
     def _rare_segments(self, numbers: torch.Tensor) -> list[Chosen]:
         if self._rare is None or not self._rare.gather(1, numbers.long()).any():

@@ -22,7 +22,7 @@ from sglang_mosaic.codec import strategies
 from sglang_mosaic.codec.base import Codec, Epoch, LayerSample, check_pages
 from sglang_mosaic.codec.basis import value_weights
 from sglang_mosaic.codec.calibration import CalibrationInput, LayerQueries, LayerStatistics, make_plan
-from sglang_mosaic.codec.encoding import Segments, by_format, encode_segments, rare_kind
+from sglang_mosaic.codec.encoding import Segments, by_format, encode_segments, rare_kind, rare_kinds
 from sglang_mosaic.codec.plan import Format, LayerPlan, plan_hash
 from sglang_mosaic.codec.statistics import QueryStatistics, by_kv_head
 
@@ -87,6 +87,11 @@ class PlanesEpoch(Epoch):
     def span(self, layer: int) -> slice:
         return self._spans[layer]
 
+    def headers(self, layer: int) -> list[int]:
+        """Of every head's segment in a frame, the byte that tells its format's number."""
+        heads = len(self.layers[layer].heads)
+        return self._headers[layer * heads : (layer + 1) * heads]
+
     def encode(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         plan = self.layers[layer]
         basis, heads = plan.basis, len(plan.heads)
@@ -149,7 +154,7 @@ class PlanesEpoch(Epoch):
             for segment, found in enumerate(numbers.T.tolist()):
                 layer, h = divmod(segment, len(self.layers[0].heads))
                 formats = self.layers[layer].heads[h].formats
-                self.rare |= {rare_kind(formats[number]) for number in set(found)} - {None}
+                self.rare |= rare_kinds(formats[number] for number in set(found))
         return True
 
     def _stored(self, layer: int, data: torch.Tensor) -> Iterator[tuple[int, Format, torch.Tensor, torch.Tensor]]:
@@ -180,8 +185,8 @@ class PlanesEpoch(Epoch):
     def far_bias(self, layer: int) -> torch.Tensor:
         """What to add to the logits of the far field, float32 [H]; -inf: the head has none."""
         plan = self.layers[layer]
-        biases = (head.selection.far_bias for head in plan.heads)
-        biases = tuple(-torch.inf if bias is None else bias for bias in biases)
+        found = (head.selection.far_bias for head in plan.heads)
+        biases = tuple(-torch.inf if bias is None else bias for bias in found)
         return constant(biases, torch.float32, plan.basis.q_basis.device)
 
     def rotate_queries(self, layer: int, q: torch.Tensor) -> torch.Tensor:
@@ -302,6 +307,28 @@ def calibrate(given: CalibrationInput, quick: bool = False) -> PlanesEpoch:
         ValueError: a value is not finite.
     """
     return PlanesEpoch(make_plan(given.layers, given.frame_bytes, given.scale, quick), given.page_size)
+
+
+def planes_of(epoch: Epoch | None) -> PlanesEpoch:
+    """An epoch of which the caller knows that it is there, and of this codec.
+
+    Raises:
+        TypeError: it is not.
+    """
+    if not isinstance(epoch, PlanesEpoch):
+        raise TypeError(f"expected an epoch of planes, got {type(epoch).__name__}")
+    return epoch
+
+
+def planes_codec_of(codec: Codec) -> PlanesCodec:
+    """The same of a codec.
+
+    Raises:
+        TypeError: it is another one.
+    """
+    if not isinstance(codec, PlanesCodec):
+        raise TypeError(f"expected the codec of planes, got {type(codec).__name__}")
+    return codec
 
 
 def _spans(sizes: Iterable[int]) -> list[slice]:

@@ -54,7 +54,16 @@ def profile(
     return SelectionProfile(channels, _far_bias(queries, keys, values, logits, exact, scale, most, page_size))
 
 
-def _far_bias(queries, keys, values, scanned, exact, scale: float, most: int, page_size: int) -> float | None:
+def _far_bias(
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    scanned: torch.Tensor,
+    exact: torch.Tensor,
+    scale: float,
+    most: int,
+    page_size: int,
+) -> float | None:
     """The correction of the far field's mass, if with it the output is closer to the exact one."""
     # As if what is read anyway had as much of the attention.
     keys_seen = keys_of(scanned[None], scanned.logsumexp(-1)[None], len(queries))

@@ -44,15 +44,16 @@ class QueryStatistics:
         tokens, q_heads, dim = q.shape
         if not tokens:
             return
-        if self._sums[layer] is None:
-            self._sums[layer] = torch.zeros(self._shape, dtype=torch.float64, device=self._device)
+        sums = self._sums[layer]
+        if sums is None:
+            sums = self._sums[layer] = torch.zeros(self._shape, dtype=torch.float64, device=self._device)
         group = q_heads // self._shape[0]
         if q.is_cuda and kernels_can(dim, dim, group):
             # Imported here: Triton needs a GPU's driver.
             from mosaic_kernels.query_squares.launch import add_squares
         else:
             from mosaic_kernels.query_squares.reference import add_squares
-        add_squares(q, self._sums[layer])
+        add_squares(q, sums)
         self._seen[layer] += tokens * group
         self._left[layer] -= tokens
         stride = -(-tokens // TOKENS_A_CALL)

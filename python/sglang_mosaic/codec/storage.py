@@ -8,6 +8,7 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -124,7 +125,7 @@ def _check_version(source: str, metadata: dict[str, str]) -> None:
         )
 
 
-def _head_to_json(head: HeadPlan) -> dict:
+def _head_to_json(head: HeadPlan) -> dict[str, Any]:
     formats = [
         {"strategy": next(name for name, kind in _FORMATS.items() if isinstance(fmt, kind)), **dataclasses.asdict(fmt)}
         for fmt in head.formats
@@ -132,10 +133,10 @@ def _head_to_json(head: HeadPlan) -> dict:
     return {**head._asdict(), "formats": formats, "selection": head.selection._asdict()}
 
 
-def _head_from_json(head: dict) -> HeadPlan:
+def _head_from_json(head: dict[str, Any]) -> HeadPlan:
     formats = tuple(_format(**fmt) for fmt in head["formats"])
     return HeadPlan(**{**head, "formats": formats, "selection": SelectionProfile(**head["selection"])})
 
 
-def _format(strategy: str, **fields) -> Format:
+def _format(strategy: str, **fields: Any) -> Format:
     return _FORMATS[strategy](**{name: tuple(x) if isinstance(x, list) else x for name, x in fields.items()})

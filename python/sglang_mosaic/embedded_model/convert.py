@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
+from typing import Any
 
 from sglang_mosaic.embedded_model.errors import ModelConversionError
 from sglang_mosaic.torchvision_compat import declare_missing_operators
@@ -64,7 +65,7 @@ def _write_tokenizer(gguf: Path, out: Path) -> None:
 
     reader = GGUFReader(gguf)
 
-    def field(name: str):
+    def field(name: str) -> Any:
         return reader.fields[name].contents()
 
     kind = (field("tokenizer.ggml.model"), field("tokenizer.ggml.pre"))

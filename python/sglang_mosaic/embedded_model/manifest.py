@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from sglang_mosaic.embedded_model import source
 from sglang_mosaic.embedded_model.convert import REVISION
@@ -46,7 +47,7 @@ def problem(directory: Path, *, full: bool, quiet: bool) -> str | None:
     return None
 
 
-def _identity() -> dict:
+def _identity() -> dict[str, Any]:
     return {
         "package": f"{source.PACKAGE}=={source.VERSION}",
         "source_file": source.GGUF,

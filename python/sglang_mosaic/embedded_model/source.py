@@ -8,7 +8,7 @@ import sys
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO
 
 from tqdm import tqdm
 
@@ -102,7 +102,7 @@ def _require(path: Path, expected: str, found: str, *, bad_file: Path) -> None:
     )
 
 
-def _hash_stream(stream: BinaryIO, size: int, label: str, quiet: bool, copy_to: BinaryIO | None = None) -> str:
+def _hash_stream(stream: IO[bytes], size: int, label: str, quiet: bool, copy_to: IO[bytes] | None = None) -> str:
     digest = hashlib.sha256()
     hidden = quiet or size < _BAR_FROM_BYTES
     with tqdm(total=size, desc=label, unit="B", unit_scale=True, disable=hidden, file=sys.stderr) as bar:
@@ -114,6 +114,6 @@ def _hash_stream(stream: BinaryIO, size: int, label: str, quiet: bool, copy_to: 
     return digest.hexdigest()
 
 
-def _chunks(stream: BinaryIO) -> Iterator[bytes]:
+def _chunks(stream: IO[bytes]) -> Iterator[bytes]:
     while chunk := stream.read(_CHUNK_BYTES):
         yield chunk

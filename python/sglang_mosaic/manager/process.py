@@ -59,7 +59,7 @@ def serve(parent: int, socket: Path, slots: SlotMemory, options: ManagerOptions)
 
 
 class _Loop:
-    def __init__(self, parent: int, router: zmq.Socket, service: Service, background: _Background) -> None:
+    def __init__(self, parent: int, router: zmq.Socket[bytes], service: Service, background: _Background) -> None:
         self._parent = parent
         self._router = router
         self._service = service

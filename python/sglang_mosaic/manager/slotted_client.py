@@ -7,6 +7,7 @@ import itertools
 import time
 from abc import abstractmethod
 from collections import OrderedDict, deque
+from typing import Any
 
 from sglang_mosaic.manager.client import ClientCounters, Completion, Lookup, ManagerClient, Status, Ticket
 from sglang_mosaic.manager.keys import epoch_key, statistics_key
@@ -39,10 +40,17 @@ class SlottedClient(ManagerClient):
         self._known: set[RecordId] = set()
         self._epochs: OrderedDict[str, bytes] = OrderedDict()
         self._calibrations: dict[Ticket, Calibration] = {}
-        self._metrics: dict = {}
+        self._metrics: dict[str, Any] = {}
         self._answered = 0.0
         """When the manager gave its last answer to a fetch."""
-        self._begin(SlotMemory.create(options.slots, options.slot_bytes))
+        self._puts: dict[int, PutUnderWay] = {}
+        self._fetches: dict[int, FetchUnderWay] = {}
+        self._pending: set[RecordId] = set()
+        self._uploads: deque[Upload] = deque()
+        memory = SlotMemory.create(options.slots, options.slot_bytes)
+        self._slots = SlotAllocator(memory.slots)
+        self._stale = 0
+        self._begin(memory)
 
     # What a way of messages has to offer besides `connected`.
 
@@ -150,13 +158,13 @@ class SlottedClient(ManagerClient):
     def _begin(self, memory: SlotMemory) -> None:
         """Start with new slots and without knowledge, as for a new manager."""
         self._memory = memory
-        self._stale = getattr(self, "_stale", 0) + (self._slots.stale if hasattr(self, "_slots") else 0)
+        self._stale += self._slots.stale
         self._slots = SlotAllocator(memory.slots)
         self._known.clear()
-        self._puts: dict[int, PutUnderWay] = {}
-        self._fetches: dict[int, FetchUnderWay] = {}
-        self._pending: set[RecordId] = set()
-        self._uploads: deque[Upload] = deque()
+        self._puts.clear()
+        self._fetches.clear()
+        self._pending.clear()
+        self._uploads.clear()
 
     def _drop_outstanding(self) -> None:
         """Nobody will answer: everything under way ends as a miss, and its slots are free again."""

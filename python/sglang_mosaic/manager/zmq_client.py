@@ -52,7 +52,7 @@ class ZmqClient(SlottedClient):
         # For programs that end without `close`; the next start sweeps what a killed one leaves.
         self._remove_directory = weakref.finalize(self, shutil.rmtree, self._directory, ignore_errors=True)
         self._context = zmq.Context()
-        self._socket: zmq.Socket | None = None
+        self._socket: zmq.Socket[bytes] | None = None
         self._supervisor = Supervisor(options)
         self._lives = itertools.count()
         self._started = 0.0

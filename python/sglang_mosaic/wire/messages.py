@@ -198,9 +198,9 @@ class Pong(Message, frozen=True, tag="pong"):
 Reply = Ready | Known | Gone | Stored | Fetched | Calibrated | Pong
 
 _ENCODER = msgspec.msgpack.Encoder()
-_REQUESTS: msgspec.msgpack.Decoder = msgspec.msgpack.Decoder(Request)
-_REPLIES: msgspec.msgpack.Decoder = msgspec.msgpack.Decoder(Reply)
-_T = TypeVar("_T")
+_REQUESTS: msgspec.msgpack.Decoder[Request] = msgspec.msgpack.Decoder(Request)
+_REPLIES: msgspec.msgpack.Decoder[Reply] = msgspec.msgpack.Decoder(Reply)
+_T = TypeVar("_T", Request, Reply)
 
 
 def encode(message: Message) -> bytes:

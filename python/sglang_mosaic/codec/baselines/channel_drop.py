@@ -52,7 +52,8 @@ class ChannelDropCodec(PlainCodec):
                 energy = self._queries.energy(layer)
                 if energy is not None:
                     k = k * energy.float()
-                self._kept.append(tuple(x.topk(x.shape[-1] // 2, -1).indices.sort(-1).values for x in (k, v)))
+                k, v = (x.topk(x.shape[-1] // 2, -1).indices.sort(-1).values for x in (k, v))
+                self._kept.append((k, v))
         return self
 
     def pack(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:

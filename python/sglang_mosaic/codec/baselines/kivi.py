@@ -55,7 +55,7 @@ class KiviCodec(PlainCodec):
 
     def _to_stream(self, codes: torch.Tensor) -> torch.Tensor:
         """uint8 codes [..., 8 n] -> bytes [..., bits * n]: eight codes to a group of `bits` bytes."""
-        word = sum(codes[..., i::8].long() << self.bits * i for i in range(8))
+        word = torch.stack([codes[..., i::8].long() << self.bits * i for i in range(8)]).sum(0)
         return torch.stack([(word >> 8 * i & 255).byte() for i in range(self.bits)], -1).flatten(-2)
 
     def _from_stream(self, stream: torch.Tensor) -> torch.Tensor:

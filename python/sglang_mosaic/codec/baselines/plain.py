@@ -69,16 +69,17 @@ class PlainCodec(Codec, Epoch):
         check_pages(k, v, self.page_size, self.heads, self.k_dim, self.v_dim)
         k, v = k.transpose(1, 2).float(), v.transpose(1, 2).float()
         data = self.pack(layer, k, v)
-        squared = 0.0
+        squared = torch.zeros(k.shape[:2], device=k.device)
         for x, y in zip((k, v), self.unpack(layer, data), strict=True):
-            squared = squared + ((x - y).square().sum((2, 3)) / x.square().sum((2, 3)).clamp_min(1e-30))
+            squared += (x - y).square().sum((2, 3)) / x.square().sum((2, 3)).clamp_min(1e-30)
         # Without statistics the error of K and V themselves stands for that of the output.
         return data.flatten(1), squared.sqrt()
 
     def decode(self, layer: int, data: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         self._check_layer(layer)
         k, v = self.unpack(layer, data.unflatten(1, (self.heads, self.segment_bytes)))
-        return tuple(x.transpose(0, 1).contiguous().transpose(0, 1) for x in (k, v))
+        k, v = (x.transpose(0, 1).contiguous().transpose(0, 1) for x in (k, v))
+        return k, v
 
     def rotate_queries(self, layer: int, q: torch.Tensor) -> torch.Tensor:
         return q.float()

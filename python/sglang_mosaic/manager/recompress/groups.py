@@ -12,7 +12,7 @@ import json
 import math
 import struct
 from functools import cached_property, lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -178,7 +178,7 @@ class FrameLayout:
         segment = self.segments[i]
         fmt = segment.formats[number]
         rest = np.ones(segment.nbytes // WORD, bool)
-        found: dict[Kind, list[tuple]] = {}
+        found: dict[Kind, list[tuple[Any, ...]]] = {}
         if isinstance(fmt, SegmentFormat):
             for tensor, planes in (("k", fmt.k), ("v", fmt.v)):
                 for g, bits in enumerate(planes.bits):
@@ -190,7 +190,8 @@ class FrameLayout:
         for kind, members in found.items():
             base, refinement, scales, weights, segments, numbers = (np.stack(x) for x in zip(*members, strict=True))
             groups[kind] = _Members(
-                *((x + segment.start // WORD).astype(np.int32) for x in (base, refinement)),
+                (base + segment.start // WORD).astype(np.int32),
+                (refinement + segment.start // WORD).astype(np.int32),
                 (scales + segment.start).astype(np.int32),
                 weights,
                 segments.astype(np.int32),
@@ -211,7 +212,7 @@ def epoch_hash(epoch: bytes) -> str:
         raise FrameError(f"not an epoch: {error}") from error
 
 
-def read_header(epoch: bytes) -> dict:
+def read_header(epoch: bytes) -> dict[str, Any]:
     """Header of a safetensors file: entries of its tensors, and the metadata."""
     (length,) = struct.unpack_from("<Q", epoch)
     return json.loads(epoch[8 : 8 + length])
@@ -260,7 +261,7 @@ def _segments(epoch: bytes) -> list[Segment]:
     return segments
 
 
-def read_tensor(entry: dict, data: memoryview) -> np.ndarray:
+def read_tensor(entry: dict[str, Any], data: memoryview) -> np.ndarray:
     """A float32 tensor of a safetensors file, of which `data` is what follows the header."""
     start, stop = entry["data_offsets"]
     if entry["dtype"] != "F32" or stop - start != 4 * math.prod(entry["shape"]):
@@ -268,6 +269,6 @@ def read_tensor(entry: dict, data: memoryview) -> np.ndarray:
     return np.frombuffer(data[start:stop], np.float32).reshape(entry["shape"])
 
 
-def _format(strategy: str, **fields) -> SegmentFormat | TopKFormat:
+def _format(strategy: str, **fields: Any) -> SegmentFormat | TopKFormat:
     fields = {name: tuple(x) if isinstance(x, list) else x for name, x in fields.items()}
     return {"planes": SegmentFormat, "topk": TopKFormat}[strategy](**fields)

@@ -71,8 +71,8 @@ def _streams(kinds: dict[Kind, Groups], rungs: dict[Kind, np.ndarray]) -> Iterat
             rows = np.flatnonzero(rungs[kind] == rung)
             if not len(rows):
                 continue
-            if len(rows) == len(groups):
-                rows = slice(None)  # no copy
-            yield groups.base[rows]
+            # Of all, no copy.
+            chosen = slice(None) if len(rows) == len(groups) else rows
+            yield groups.base[chosen]
             if rung == 0 and kind.refinement_bits:
-                yield groups.refinement[rows]
+                yield groups.refinement[chosen]

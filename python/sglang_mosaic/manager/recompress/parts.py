@@ -25,7 +25,7 @@ def join(parts: Iterable[np.ndarray]) -> bytes:
     compressor = zstandard.ZstdCompressor(compression_params=_PARAMETERS)
     joined = []
     for part in parts:
-        packed = compressor.compress(np.ascontiguousarray(part))
+        packed = compressor.compress(np.ascontiguousarray(part).data)
         joined += [_LENGTH.pack(len(packed)), packed]
     return b"".join(joined)
 

@@ -46,13 +46,15 @@ def read(reader: Reader, ends: Sequence[int]) -> np.ndarray:
     Raises:
         FrameError: they are not there.
     """
-    masks, streams = [], []
+    masks: list[np.ndarray | None] = []
+    streams = []
     for length in np.diff(ends, prepend=0).tolist():
         form, *count = reader.take(5).tolist()
         count = int.from_bytes(bytes(count), "little")
         if form == MASKED:
-            masks.append(np.unpackbits(reader.take(-(-length // 8)), count=length).view(bool))
-            expected = np.count_nonzero(masks[-1])
+            nonzero = np.unpackbits(reader.take(-(-length // 8)), count=length).view(bool)
+            masks.append(nonzero)
+            expected = np.count_nonzero(nonzero)
         else:
             masks.append(None)
             expected = length

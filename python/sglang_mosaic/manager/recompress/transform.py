@@ -13,7 +13,7 @@ import hashlib
 import io
 import math
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -65,7 +65,7 @@ class Transform:
         digest = hashlib.blake2b(digest_size=8)
         for name, array in self._arrays().items():
             digest.update(f"{name} {array.shape}".encode())
-            digest.update(np.ascontiguousarray(array))
+            digest.update(np.ascontiguousarray(array).data)
         self.digest = digest.digest()
         """Names the transform: what was coded with another one cannot be read."""
 
@@ -100,10 +100,10 @@ class Transform:
 
     def inverse(self, coefficients: np.ndarray) -> Rows:
         """The inverse of `forward`, but for what the components leave out."""
-        segments, tokens, *dims = self.shape
-        rows = tuple(np.empty((segments, tokens, dim), np.float32) for dim in dims)
+        segments, tokens, k_dim, v_dim = self.shape
+        k, v = (np.empty((segments, tokens, dim), np.float32) for dim in (k_dim, v_dim))
         at = 0
-        for x, dim, tensor in zip(rows, dims, self._parts, strict=True):
+        for x, dim, tensor in zip((k, v), (k_dim, v_dim), self._parts, strict=True):
             for part in tensor:
                 size = part.grades.size
                 z = coefficients[at : at + size].reshape(part.grades.shape)
@@ -113,12 +113,13 @@ class Transform:
                 r = int(used[-1]) + 1 if len(used) else 0
                 joined = self._cosines.T @ z[:, :r] @ part.directions[:, :r].T + part.mean
                 x[part.first : part.first + part.segments] = joined.reshape(tokens, -1, dim).transpose(1, 0, 2)
-        return rows
+        return k, v
 
     def to_bytes(self) -> bytes:
         """All of it. Directions in float16: what that loses is far below a step."""
         file = io.BytesIO()
-        np.savez(file, **self._arrays())
+        arrays: dict[str, Any] = self._arrays()  # the type checker takes them for savez's own options
+        np.savez(file, **arrays)
         return file.getvalue()
 
     def _arrays(self) -> dict[str, np.ndarray]:
@@ -173,16 +174,16 @@ def calibrate(pages: Callable[[], Iterable[Rows]]) -> Transform:
         for x, tensor in zip(rows, moments, strict=True):
             for moment in tensor:
                 moment.add(_joined(x, moment))
-    tensors = [[moment.components(count * tokens, tokens) for moment in tensor] for tensor in moments]
+    components = [[moment.components(count * tokens, tokens) for moment in tensor] for tensor in moments]
     cosines = _cosines(tokens)
-    squares = [[np.zeros((tokens, part.directions.shape[1])) for part in tensor] for tensor in tensors]
+    squares = [[np.zeros((tokens, part.directions.shape[1])) for part in parts] for parts in components]
     for rows in pages():
-        for x, tensor, sums in zip(rows, tensors, squares, strict=True):
-            for part, total in zip(tensor, sums, strict=True):
+        for x, parts, sums in zip(rows, components, squares, strict=True):
+            for part, total in zip(parts, sums, strict=True):
                 total += np.square(cosines @ (_joined(x, part) - part.mean) @ part.directions)
     graded = [
-        [part._replace(grades=_grades(total / count)) for part, total in zip(tensor, sums, strict=True)]
-        for tensor, sums in zip(tensors, squares, strict=True)
+        [part._replace(grades=_grades(total / count)) for part, total in zip(parts, sums, strict=True)]
+        for parts, sums in zip(components, squares, strict=True)
     ]
     return Transform(*graded)
 

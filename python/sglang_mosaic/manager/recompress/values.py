@@ -49,8 +49,8 @@ class FrameValues:
     def __init__(self, layout: FrameLayout) -> None:
         self._layout = layout
         formats = [next((f for f in s.formats if isinstance(f, SegmentFormat)), None) for s in layout.segments]
-        shapes = {None if f is None else (f.page_size, f.k_dim, f.v_dim) for f in formats}
-        if len(shapes) != 1 or None in shapes:
+        shapes = {(f.page_size, f.k_dim, f.v_dim) for f in formats if f is not None}
+        if len(shapes) != 1 or None in formats:
             raise FrameError("heads of different dimensions")
         self.tokens, self.k_dim, self.v_dim = shapes.pop()
         self._tables = lru_cache(maxsize=64)(self._tables_of)
@@ -133,14 +133,15 @@ class FrameValues:
                 codes += top / 2
             _put_codes(words, kind, groups, np.rint(codes, out=codes).clip(0, top).astype(np.uint8))
         frame[tables.offsets] = offsets.astype(np.float16).view(np.uint8)
-        for s in tables.exceptions:
-            self._put_exceptions(frame, s, int(numbers[s]), k[s], v[s])
+        for i in tables.exceptions:
+            self._put_exceptions(frame, i, int(numbers[i]), k[i], v[i])
         return frame
 
     def _exceptions(self, frame: np.ndarray, s: int, number: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Views of a segment's exceptions: tokens uint8 [n], and the bytes of K [n, 2 Dk] and V [n, 2 Dv]."""
         segment = self._layout.segments[s]
         fmt = segment.formats[number]
+        assert isinstance(fmt, SegmentFormat)  # others have no tables
         n = fmt.exceptions
         starts = (fmt.exception_tokens, n), (fmt.exception_k, 2 * n * fmt.k_dim), (fmt.exception_v, 2 * n * fmt.v_dim)
         views = [frame[segment.start + start : segment.start + start + nbytes] for start, nbytes in starts]
@@ -156,16 +157,17 @@ class FrameValues:
 
     def _tables_of(self, numbers: bytes) -> Tables:
         segments = self._layout.segments
-        chosen = [segment.formats[number] for segment, number in zip(segments, numbers, strict=True)]
-        if not all(isinstance(fmt, SegmentFormat) for fmt in chosen):
+        named = [segment.formats[number] for segment, number in zip(segments, numbers, strict=True)]
+        chosen = [fmt for fmt in named if isinstance(fmt, SegmentFormat)]
+        if len(chosen) < len(named):
             raise FrameError("a segment that is not of bit planes")
         starts = np.array([segment.start for segment in segments])
-        offsets = starts + [fmt.k.offsets for fmt in chosen]
-        means = starts + [fmt.mean_v for fmt in chosen]
+        offsets = starts + np.array([fmt.k.offsets for fmt in chosen])
+        means = starts + np.array([fmt.mean_v for fmt in chosen])
         return Tables(
             offsets[:, None] + np.arange(2 * self.k_dim),
             means[:, None] + np.arange(self.v_dim),
-            starts + [fmt.mean_scale for fmt in chosen],
+            starts + np.array([fmt.mean_scale for fmt in chosen]),
             np.array([np.arange(self.v_dim) < fmt.v.coded for fmt in chosen])[:, None],
             [s for s, fmt in enumerate(chosen) if fmt.exceptions],
         )

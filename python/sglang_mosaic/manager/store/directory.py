@@ -205,7 +205,7 @@ def _abandoned(name: str, modified: float) -> bool:
     return not alive or time.time() - modified > ABANDONED_S
 
 
-def _entries(folder: Path) -> list[os.DirEntry]:
+def _entries(folder: Path) -> list[os.DirEntry[str]]:
     try:
         with os.scandir(folder) as entries:
             return list(entries)

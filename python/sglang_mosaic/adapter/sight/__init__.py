@@ -1,0 +1,1 @@
+"""What people see of a running server: ``/mosaic``, a page, and ``/mosaic/stats``, its figures."""
