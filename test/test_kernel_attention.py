@@ -13,7 +13,7 @@ from sglang_mosaic.cache.segment_tables import SegmentTables
 from sglang_mosaic.cache.selection import Selections
 from sglang_mosaic.config import MosaicConfig
 from test_mixed_attention import LAYERS, SCALE, sequence
-from test_selection import CONTEXT, TOKENS, relative, selecting
+from test_selection import CONTEXT, relative, selecting
 from test_selection import make_memory as make_memory_on
 from test_selection import queries as queries_on_host
 from triton_device import DEVICE
@@ -27,9 +27,15 @@ def queries(*args, **options) -> torch.Tensor:
     return queries_on_host(*args, **options).to(DEVICE)
 
 
+@pytest.fixture(scope="module")
+def memory() -> PageMemory:
+    """Of two epochs, the harder case; SHORT has pages of both."""
+    return make_memory(2)
+
+
 @pytest.fixture(scope="module", params=[1, 2], ids=["one-epoch", "two-epochs"])
-def memory(request) -> PageMemory:
-    return make_memory(request.param)
+def any_memory(request, memory) -> PageMemory:
+    return memory if request.param == 2 else make_memory(request.param)
 
 
 def batch_of(memory, contexts=(CONTEXT,), more=0):
@@ -58,19 +64,19 @@ CONTEXTS = ([1, 3, 4, 12, 20], [1, 9, 21])
 SHORT = [1, 4, 8, 9, 20]
 
 
-def test_reading_everything(memory):
-    sequences, q = batch_of(memory, CONTEXTS), queries(2)
+def test_reading_everything(any_memory):
+    sequences, q = batch_of(any_memory, CONTEXTS), queries(2)
     for layer in range(LAYERS):
-        found = with_kernels(memory, q, sequences, layer=layer)
-        assert relative(found, with_torch(memory, q, sequences, layer=layer)) < 4e-3
+        found = with_kernels(any_memory, q, sequences, layer=layer)
+        assert relative(found, with_torch(any_memory, q, sequences, layer=layer)) < 4e-3
 
 
 def test_rows_of_other_requests_stay_as_they_are(memory):
     q = queries(5)
-    one = sequence(memory, CONTEXT, TOKENS, 3, 1)
-    found = with_kernels(memory, q, [one])
+    tokens = 64 * len(SHORT) - 24
+    found = with_kernels(memory, q, [sequence(memory, SHORT, tokens, 3, 1)])
     assert found[[0, 1, 2, 4]].isnan().all()
-    assert torch.equal(found[3], with_kernels(memory, q[3:4], [sequence(memory, CONTEXT, TOKENS, 0, 1)])[0])
+    assert torch.equal(found[3], with_kernels(memory, q[3:4], [sequence(memory, SHORT, tokens, 0, 1)])[0])
 
 
 def test_selecting_some_and_reading_the_short_ones_whole():
@@ -97,10 +103,10 @@ def test_a_small_batch_reads_everything_unless_told_otherwise(memory, monkeypatc
     assert not torch.equal(with_kernels(memory, q, sequences, config), whole)
 
 
-def test_selecting_everything_of_two_epochs_is_reading_everything(memory):
-    sequences, q = batch_of(memory, CONTEXTS), queries(2)
-    found = with_kernels(memory, q, sequences, selecting(1.0))
-    assert relative(found, with_torch(memory, q, sequences)) < 2e-3
+def test_selecting_everything_of_two_epochs_is_reading_everything(any_memory):
+    sequences, q = batch_of(any_memory, CONTEXTS), queries(2)
+    found = with_kernels(any_memory, q, sequences, selecting(1.0))
+    assert relative(found, with_torch(any_memory, q, sequences)) < 2e-3
 
 
 def test_later_steps_go_on_with_a_selection(memory, monkeypatch):
