@@ -25,5 +25,8 @@ if INTERPRETED:
     for name in ("triton.experimental.gluon", *(f"mosaic_kernels.{op}.launch" for op in OPS)):
         importlib.import_module(name)
     del os.environ["TRITON_INTERPRET"]
+    importlib.import_module("fast_interpreter").make_fast()
+    # Tensors of tests are small: a second thread makes them slower, by as much as three times beside other processes.
+    torch.set_num_threads(1)
     if before is not None:
         os.environ["TRITON_INTERPRET"] = before

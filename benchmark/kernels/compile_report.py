@@ -112,7 +112,7 @@ KERNELS = {
     # Costs are computed of rare formats, too, as long as a head has any.
     "choose": Kernel(choose_kernel, segment_choice, (*_RARE, ("EXACT", False)), exact=True),
     "choose: exact": Kernel(choose_kernel, segment_choice, (*_RARE, ("EXACT", True)), "EXACT_WARPS", exact=True),
-    "encode": Kernel(encode_kernel, segment_encode, exact=True),
+    "encode": Kernel(encode_kernel, segment_encode, (("TILE", segment_encode.TILE),), exact=True),
     "error": Kernel(error_kernel, segment_error, (("TILE", segment_error.TILE),), exact=True),
     "decode": Kernel(decode_kernel, segment_decode, (("TILE", segment_decode.TILE),)),
     "attend_pages": Kernel(attend_pages_kernel, attend_pages, (("TILE", attend_pages.TILE),)),

@@ -1,40 +1,47 @@
-"""Device code: rotated pages -> segments of planes, the same bytes as the reference.
-
-Every operation is one that all devices round alike; products and sums must not be fused (the launch sees to that).
-Divisions are the correctly rounded ones, and integers round to even by adding and taking away 1.5 * 2^23.
-"""
+"""Device code: rotated pages -> segments of planes, the same bytes as the reference."""
 
 import triton
 import triton.language as tl
 
 from mosaic_kernels import segment_table as table
-from mosaic_kernels.segment_encode import exact, quantise
+from mosaic_kernels.load_words import load_four
+from mosaic_kernels.segment_encode import quantise
+from mosaic_kernels.segment_encode.arithmetic import (
+    INFINITE_BITS,
+    INFINITE_SCALE,
+    magnitude_bits,
+    mean_of,
+    mean_units,
+    nearest,
+    quotient,
+    rounded,
+    scale_byte,
+    scale_of,
+    with_inverse,
+)
+from mosaic_kernels.segment_encode.put_planes import four_codes, put_planes
 
 _SCALARS = tl.constexpr(table.SCALARS)
 _KIND, _PLANES = tl.constexpr(table.KIND), tl.constexpr(table.PLANES)
 _EXCEPTIONS = tl.constexpr(table.EXCEPTIONS)
 _WORDS = tl.constexpr(table.WORDS)
-_BASE, _REFINEMENT, _BITS = tl.constexpr(table.BASE), tl.constexpr(table.REFINEMENT), tl.constexpr(table.BITS)
-_LEVELS = tl.constexpr(table.LEVELS)
 _K_SCALES, _K_OFFSETS = tl.constexpr(table.K_SCALES), tl.constexpr(table.K_OFFSETS)
 _K_CODED, _V_CODED = tl.constexpr(table.K_CODED), tl.constexpr(table.V_CODED)
 _V_SCALES, _MEAN_V = tl.constexpr(table.V_SCALES), tl.constexpr(table.MEAN_V)
 _MEAN_SCALE = tl.constexpr(table.MEAN_SCALE)
-_INFINITE = tl.constexpr(quantise.INFINITE_SCALE)
+_BITS = tl.constexpr(table.BITS)
 _COVER_1, _COVER_2 = tl.constexpr(quantise.K_COVERS[1]), tl.constexpr(quantise.K_COVERS[2])
 _TRIED_0, _TRIED_1, _TRIED_2 = (tl.constexpr(more) for more in quantise.V_TRIED)
-_ERROR_UNITS = tl.constexpr(quantise.ERROR_UNITS)
-_INPUT_BITS = tl.constexpr(exact.INPUT_BITS)
-_SMALLEST_EXPONENT = tl.constexpr(exact.SMALLEST_EXPONENT)
+_ERROR_UNITS = tl.constexpr(float(quantise.ERROR_UNITS))
 
 
 @triton.jit
 def encode_kernel(
     k_rot, v_rot, data, frame_bytes, numbers, starts, scalars, k_words, v_words, epoch, pages,
     HEADS: tl.constexpr, FORMATS: tl.constexpr, T: tl.constexpr,
-    DK: tl.constexpr, K_DIM: tl.constexpr, DV: tl.constexpr, V_DIM: tl.constexpr,
+    DK: tl.constexpr, K_DIM: tl.constexpr, DV: tl.constexpr, V_DIM: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """One program: K or V of one page and head.
+    """One program: K or V of one page and head, read twice, TILE tokens at a time.
 
     k_rot, v_rot float32 [HEADS, pages, T, dim]; numbers int32 [HEADS, pages], formats of the segments. Those that are
     not of planes, or have exceptions, are left alone.
@@ -43,172 +50,161 @@ def encode_kernel(
     number = tl.load(numbers + head * pages + page)
     of_head = epoch * HEADS + head
     row = of_head * FORMATS + number
-    kind = tl.load(scalars + row * _SCALARS + _KIND)
-    kept = tl.load(scalars + row * _SCALARS + _EXCEPTIONS)
-    if (kind != _PLANES) | (kept > 0):
+    of_row = scalars + row * _SCALARS
+    if (tl.load(of_row + _KIND) != _PLANES) | (tl.load(of_row + _EXCEPTIONS) > 0):
         return
     segment = data + page.to(tl.int64) * frame_bytes + tl.load(starts + of_head)
     at = (head * pages + page).to(tl.int64) * T
     if tl.program_id(2) == 0:
-        _encode_keys(k_rot + at * K_DIM, segment, scalars + row * _SCALARS, k_words, row, T, DK, K_DIM)
+        _encode_keys(k_rot + at * K_DIM, segment, of_row, k_words + row * (DK // 16) * _WORDS, T, TILE, DK, K_DIM)
     else:
-        _encode_values(v_rot + at * V_DIM, segment, scalars + row * _SCALARS, v_words, row, T, DV, V_DIM)
+        _encode_values(v_rot + at * V_DIM, segment, of_row, v_words + row * (DV // 16) * _WORDS, T, TILE, DV, V_DIM)
 
 
 @triton.jit
-def _encode_keys(source, segment, of_row, words, row, T: tl.constexpr, D: tl.constexpr, DIM: tl.constexpr):
-    t, c = tl.arange(0, T)[:, None], tl.arange(0, D)[None, :]
-    y = tl.load(source + t * DIM + c, mask=c < DIM, other=0)
-    width, last = _widths(words, row, c // 16, D)
+def _encode_keys(source, segment, of_row, words, T: tl.constexpr, TILE: tl.constexpr, D: tl.constexpr,
+                 DIM: tl.constexpr):  # fmt: skip
+    # A thread has four channels of some tokens.
+    t, c = tl.arange(0, TILE)[:, None], tl.arange(0, D)[None, :]
+    at, there = source + t * DIM + c, c < DIM
+    low, high = tl.full([TILE, D], float("inf"), tl.float32), tl.full([TILE, D], float("-inf"), tl.float32)
+    largest = tl.zeros([TILE, D], tl.int32)
+    for first in range(0, T, TILE):
+        y = tl.load(at + first * DIM, mask=there, other=0)
+        low, high = tl.minimum(low, y), tl.maximum(high, y)
+        largest = tl.maximum(largest, magnitude_bits(y))
     # Minima and maxima pass over NaN; its channel must not come out finite.
-    unknown = tl.where(tl.max((y != y).to(tl.int32), 0) > 0, float("nan"), 0.0)[None, :]
-    low, high = tl.min(y, 0)[None, :] + unknown, tl.max(y, 0)[None, :] + unknown
+    largest = tl.max(largest, 0)[None, :]
+    unknown = tl.where(largest > INFINITE_BITS, float("nan"), 0.0)
+    low, high = tl.min(low, 0)[None, :] + unknown, tl.max(high, 0)[None, :] + unknown
+    bits = tl.load(words + c // 16 * _WORDS + _BITS)
+    width = (bits & 0xFF) + (bits >> 8)
+    last = ((1 << width) - 1).to(tl.float32)
     cover = tl.where(width == 1, _COVER_1, tl.where(width == 2, _COVER_2, 1.0))
     scale = tl.div_rn((high * 0.5 - low * 0.5) * cover, tl.maximum(last, 1.0)) * 2
     scale = tl.where(width > 0, scale, 0.0).to(tl.float16)
-    offset = low * 0.5 + high * 0.5 - scale.to(tl.float32) * (last * 0.5)
-    offset = (tl.where(width > 0, offset, _mean(y, T)[None, :]) + 0.0).to(tl.float16)
+    offset = (low * 0.5 + high * 0.5 - scale.to(tl.float32) * (last * 0.5) + 0.0).to(tl.float16)
     coded = tl.load(of_row + _K_CODED)
     scales = (segment + tl.load(of_row + _K_SCALES)).to(tl.pointer_type(tl.float16))
     offsets = (segment + tl.load(of_row + _K_OFFSETS)).to(tl.pointer_type(tl.float16))
     tl.store(scales + c, scale, mask=c < coded)
-    tl.store(offsets + c, offset, mask=c < DIM)
-    step = scale.to(tl.float32)
-    codes = _nearest(tl.div_rn(y - offset.to(tl.float32), tl.where(step > 0, step, 1.0)), last)
-    _put_planes(segment, words, row, codes.to(tl.int32), T, D)
+    tl.store(offsets + c, offset, mask=c < coded)
+    if coded < DIM:
+        of_all = tl.max(largest)
+        factor, unit = mean_units(of_all)
+        total = tl.zeros([TILE, D], tl.int32)
+        for first in range(0, T, TILE):
+            y = tl.load(at + first * DIM, mask=there & (c >= coded), other=0)
+            total += rounded(y, factor)
+        mean = mean_of(tl.sum(total, 0)[None, :], unit, of_all, T)
+        tl.store(offsets + c, (mean + 0.0).to(tl.float16), mask=there & (c >= coded))
+    divisor, inverse = with_inverse(scale.to(tl.float32))
+    below = offset.to(tl.float32)
+    # An offset beyond float16: what is left of a value is infinite.
+    endless = (tl.abs(below) == float("inf")) & (divisor > 0)
+    least = tl.where(endless & (below < 0), last, 0.0)
+    below, inverse = tl.where(endless, 0.0, below), tl.where(endless, 0.0, inverse)
+    divisor = tl.where(endless, 0.0, divisor)
+    g = tl.arange(0, D // 16)[:, None]
+    base, refinement, both, levels = load_four(words + g * _WORDS)
+    for first in range(0, T, TILE):
+        y = tl.load(at + first * DIM, mask=there, other=0)
+        found, codes = nearest(quotient(y - below, divisor, inverse), least, last)
+        quads = four_codes(tl.reshape(codes, [TILE, D // 4, 4]), 2)
+        even, odd = tl.split(tl.permute(tl.reshape(quads, [TILE, D // 16, 2, 2]), [1, 0, 2, 3]))
+        w0, w2 = tl.split(even)
+        w1, w3 = tl.split(odd)
+        put_planes(segment, (base, refinement, both), first, w0, w1, w2, w3, TILE, D // 16)
 
 
 @triton.jit
-def _encode_values(source, segment, of_row, words, row, T: tl.constexpr, D: tl.constexpr, DIM: tl.constexpr):
-    t, c = tl.arange(0, T)[:, None], tl.arange(0, D)[None, :]
-    y = tl.load(source + t * DIM + c, mask=c < DIM, other=0)
+def _encode_values(source, segment, of_row, words, T: tl.constexpr, TILE: tl.constexpr, D: tl.constexpr,
+                   DIM: tl.constexpr):  # fmt: skip
+    # A thread has all channels of a group, of some tokens.
+    g, t = tl.arange(0, D // 16)[:, None], tl.arange(0, TILE)[None, :]
+    at, there = source + t * DIM + g * 16, g * 16 < DIM
+    largest = tl.zeros([D // 16, TILE], tl.int32)
+    for first in range(0, T, TILE):
+        y = _load_groups(at + first * DIM, there)
+        largest = tl.maximum(largest, _largest(y))
+    largest = tl.max(largest)
+    factor, unit = mean_units(largest)
     coded = tl.load(of_row + _V_CODED)
-    inside = c < coded
-    _, last = _widths(words, row, c // 16, D)
-    levels = tl.load(words + (row * (D // 16) + c // 16) * _WORDS + _LEVELS)
+    inside = g * 16 < coded
+    base, refinement, both, levels = load_four(words + g * _WORDS)
+    last = ((1 << (both & 0xFF) + (both >> 8)) - 1).to(tl.float32)
     steps = tl.where(inside, levels.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32), 1.0)
-    # Infinite if a value is NaN, which maxima pass over.
-    largest = tl.max(tl.where(inside, tl.where(y == y, tl.abs(y), float("inf")), 0.0), 1)[:, None]
-    anchor = _scale_byte(tl.div_rn(largest, tl.full([T, 1], 3.0, tl.float32)), 64)
-    byte = _tried(anchor, _TRIED_0)
-    best = _scale_error(y, steps, last, inside, byte)
-    for n in tl.static_range(1, 3):
-        other = _tried(anchor, _TRIED_1 if n == 1 else _TRIED_2)
-        error = _scale_error(y, steps, last, inside, other)
-        byte, best = tl.where(error < best, other, byte), tl.where(error < best, error, best)
-    codes = tl.where(inside, _nearest(_above(y, steps, last, byte), last), 0.0)
-    tl.store(segment + tl.load(of_row + _V_SCALES) + t, byte.to(tl.uint8), mask=t < tl.where(coded > 0, T, 0))
-    _put_planes(segment, words, row, codes.to(tl.int32), T, D)
-    mean = _mean(y, T)[None, :]
+    total = tl.zeros([D // 16, TILE, 4, 2, 2], tl.int32)
+    scales = segment + tl.load(of_row + _V_SCALES)
+    for first in range(0, T, TILE):
+        y = _load_groups(at + first * DIM, there)
+        total += rounded(y, factor)
+        highest = tl.max(tl.where(inside, _largest(y), 0), 0)[None, :].to(tl.float32, bitcast=True)
+        anchor = scale_byte(tl.div_rn(highest, tl.full([1, TILE], 3.0, tl.float32)), 64)
+        byte = _tried(anchor, _TRIED_0)
+        codes, best = _codes(y, steps, last, inside, byte)
+        for n in tl.static_range(1, 3):
+            other = _tried(anchor, _TRIED_1 if n == 1 else _TRIED_2)
+            others, error = _codes(y, steps, last, inside, other)
+            better = error < best
+            byte, best = tl.where(better, other, byte), tl.where(better, error, best)
+            codes = tl.where(better[:, :, None, None], others, codes)
+        tl.store(scales + first + t, byte.to(tl.uint8), mask=t < tl.where(coded > 0, TILE, 0))
+        early, late = tl.split(codes)
+        w0, w1 = tl.split(early)
+        w2, w3 = tl.split(late)
+        put_planes(segment, (base, refinement, both), first, w0, w1, w2, w3, TILE, D // 16)
+    mean = mean_of(tl.sum(total, 1)[:, None], unit, largest, T)
+    _put_mean(mean, segment, of_row, D, DIM)
+
+
+@triton.jit
+def _put_mean(mean, segment, of_row, D: tl.constexpr, DIM: tl.constexpr):
+    """mean [groups, 1, 4, 2, 2] of `_load_groups`."""
+    mean = tl.reshape(tl.permute(mean, [1, 0, 4, 3, 2]), [1, D])
+    c = tl.arange(0, D)[None, :]
     largest = tl.max(tl.abs(mean), 1)[:, None]
-    mean_byte = _scale_byte(tl.div_rn(largest, tl.full([1, 1], 127.0, tl.float32)), 127)
-    scale = _scale_of(mean_byte)
-    units = _round(tl.div_rn(mean, tl.where(scale > 0, scale, 1.0)))
-    units = tl.minimum(tl.maximum(units, -127.0), 127.0)
+    byte = scale_byte(tl.div_rn(largest, tl.full([1, 1], 127.0, tl.float32)), 127)
+    scale = scale_of(byte)
+    units = tl.div_rn(mean, tl.where(scale > 0, scale, 1.0))
+    nearest_mean, units = nearest(units, -127.0, 127.0)
     means = (segment + tl.load(of_row + _MEAN_V)).to(tl.pointer_type(tl.int8))
     tl.store(means + c, units.to(tl.int8), mask=c < DIM)
-    tl.store(segment + tl.load(of_row + _MEAN_SCALE) + tl.zeros([1, 1], tl.int32), mean_byte.to(tl.uint8))
+    tl.store(segment + tl.load(of_row + _MEAN_SCALE) + tl.zeros([1, 1], tl.int32), byte.to(tl.uint8))
 
 
 @triton.jit
-def _widths(words, row, group, D: tl.constexpr):
-    """Bits of a group's codes, and the largest of them as float32."""
-    bits = tl.load(words + (row * (D // 16) + group) * _WORDS + _BITS)
-    width = (bits & 0xFF) + (bits >> 8)
-    return width, ((1 << width) - 1).to(tl.float32)
+def _load_groups(at, there):
+    """16 float32 from each pointer [M, N], [M, N, 4, 2, 2]: channel i + 4 j + 8 k at [.., i, j, k]."""
+    at, there = at[:, :, None] + tl.arange(0, 4)[None, None, :], there[:, :, None]
+    a, b = tl.load(at, mask=there, other=0), tl.load(at + 4, mask=there, other=0)
+    c, d = tl.load(at + 8, mask=there, other=0), tl.load(at + 12, mask=there, other=0)
+    return tl.join(tl.join(a, b), tl.join(c, d))
+
+
+@triton.jit
+def _largest(y):
+    """Bits of the largest magnitude of every group, int32 [M, N]."""
+    return tl.max(tl.max(tl.max(magnitude_bits(y), 4), 3), 2)
 
 
 @triton.jit
 def _tried(anchor, more: tl.constexpr):
     """A scale byte near `anchor`; not finite stays so."""
-    return tl.where(anchor < _INFINITE, tl.minimum(tl.maximum(anchor + more, 0), _INFINITE - 1), anchor)
+    return tl.where(anchor < INFINITE_SCALE, tl.minimum(tl.maximum(anchor + more, 0), INFINITE_SCALE - 1), anchor)
 
 
 @triton.jit
-def _above(y, steps, last, byte):
-    """Values in steps above the lowest code."""
-    scale = _scale_of(byte)
-    return tl.div_rn(y, steps * tl.where(scale > 0, scale, 1.0)) + last * 0.5
-
-
-@triton.jit
-def _scale_error(y, steps, last, inside, byte):
-    """Squared error of a scale per token, float64 [T, 1]."""
-    above = _above(y, steps, last, byte)
-    units = _round((above - _nearest(above, last)) * _ERROR_UNITS)
-    units = tl.where(inside & (tl.abs(units) < float("inf")), units, 0.0).to(tl.int32)
-    wide = _scale_of(byte).to(tl.float64)
-    return tl.sum(units * units, 1)[:, None].to(tl.float64) * (wide * wide)
-
-
-@triton.jit
-def _put_planes(segment, words, row, codes, T: tl.constexpr, D: tl.constexpr):
-    """Codes int32 [T, D] into the planes of every group."""
-    g = tl.arange(0, D // 16)[None, :]
-    of_group = words + (row * (D // 16) + g) * _WORDS
-    bits = tl.load(of_group + _BITS)
-    base_bits, more_bits = bits & 0xFF, bits >> 8
-    codes = tl.reshape(codes, [T, D // 16, 16])
-    more = more_bits[:, :, None]
-    _put_plane(segment, tl.load(of_group + _BASE), base_bits, codes >> more, T, D)
-    below = codes & (1 << more) - 1
-    _put_plane(segment, tl.load(of_group + _REFINEMENT), more_bits, below, T, D)
-
-
-@triton.jit
-def _put_plane(segment, plane, bits, fields, T: tl.constexpr, D: tl.constexpr):
-    """fields int32 [T, groups, 16] of `bits` [1, groups] each into one plane of every group that has it."""
-    t, channel = tl.arange(0, T)[:, None], tl.arange(0, 16)[None, None, :]
-    b, quad = bits[:, :, None], channel // 4
-    shift = channel % 4 * 8 + tl.where(b == 4, quad // 2 * 4, quad * b)
-    second = (b == 4) & (quad % 2 == 1)
-    # Fields do not overlap: a sum is a union.
-    low = tl.sum(tl.where(second, 0, fields << shift), 2)
-    high = tl.sum(tl.where(second, fields << shift, 0), 2)
-    start, stride = plane & 0xFFFF, plane >> 16
-    words = (segment + start + t * stride).to(tl.pointer_type(tl.int32))
-    tl.store(words, low, mask=bits > 1)
-    tl.store(words + 1, high, mask=bits == 4)
-    # One bit: the odd token four places above the even one.
-    pair = tl.reshape(low << tl.where(t % 2 == 1, 4, 0), [T // 2, 2, D // 16])
-    rows = tl.arange(0, T // 2)[:, None]
-    words = (segment + start + rows * stride).to(tl.pointer_type(tl.int32))
-    tl.store(words, tl.sum(pair, 1), mask=bits == 1)
-
-
-@triton.jit
-def _mean(y, T: tl.constexpr):
-    """exact.exact_mean of [T, D]: float32 [D], NaN if a value is not finite. T a power of two: only the end rounds."""
-    largest = tl.max(tl.max(tl.where(y == y, tl.abs(y), float("inf")), 1), 0)
-    exponent = (largest.to(tl.int32, bitcast=True) >> 23 & 0xFF) - 126
-    exponent = tl.maximum(exponent, _SMALLEST_EXPONENT)
-    exponent = tl.where(largest < float("inf"), exponent, 0)
-    factor = (-exponent + _INPUT_BITS + 127 << 23).to(tl.float32, bitcast=True)
-    unit = (exponent - _INPUT_BITS + 127 << 23).to(tl.float32, bitcast=True)
-    integers = tl.where(largest < float("inf"), _round(y * factor), 0.0).to(tl.int32)
-    mean = tl.sum(integers, 0).to(tl.float32) * (1.0 / T) * unit
-    return tl.where(largest < float("inf"), mean, float("nan"))
-
-
-@triton.jit
-def _nearest(x, last):
-    """Nearest code from 0 to `last`."""
-    return _round(tl.minimum(tl.maximum(x, 0.0), last))
-
-
-@triton.jit
-def _round(x):
-    """To the nearest integer, halves to even; beyond 2^22 as it is."""
-    return tl.where(tl.abs(x) < 4194304.0, (x + 12582912.0) - 12582912.0, x)
-
-
-@triton.jit
-def _scale_byte(needed, more: tl.constexpr):
-    """Upper bits of the float16, int32, after adding `more` to the lower ones; infinite if `needed` is not finite."""
-    byte = needed.to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32) + more >> 7
-    return tl.where(tl.abs(needed) < float("inf"), byte, _INFINITE)
-
-
-@triton.jit
-def _scale_of(byte):
-    return (byte << 7).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+def _codes(y, steps, last, inside, byte):
+    """Codes of a scale per token, int32, 0 where nothing is coded, and their squared error, float64 [1, N]."""
+    scale = scale_of(byte)
+    divisor, inverse = with_inverse(steps * tl.where(scale > 0, scale, 1.0))
+    divisor, inverse = divisor[:, :, None, None, None], inverse[:, :, None, None, None]
+    end = last[:, :, None, None, None]
+    above = quotient(y, divisor, inverse) + end * 0.5
+    found, codes = nearest(above, 0.0, end)
+    units = rounded(above - found, _ERROR_UNITS)
+    squares = tl.sum(tl.sum(tl.sum(units * units, 4), 3), 2)
+    wide = scale.to(tl.float64)
+    codes = four_codes(tl.permute(codes, [0, 1, 3, 4, 2]), 4)
+    return codes, tl.sum(tl.where(inside, squares, 0), 0)[None, :].to(tl.float64) * (wide * wide)

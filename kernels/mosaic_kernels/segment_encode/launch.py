@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 
 from mosaic_kernels.segment_encode.kernel import encode_kernel
 from mosaic_kernels.segment_table import SegmentTable, check_encoded, check_rotated, padded
 
-WARPS = 8
+# For measuring alone.
+TILE, WARPS, REGISTERS = (int(x) for x in os.environ.get("MOSAIC_ENCODE", "16,4,0").split(","))
 
 
 def encode_pages(
@@ -41,5 +44,6 @@ def encode_pages(
             table.k_words, table.v_words, epoch, pages,
             HEADS=heads, FORMATS=table.formats, T=page_size,
             DK=padded(table.k_dim), K_DIM=table.k_dim, DV=padded(table.v_dim), V_DIM=table.v_dim,
-            num_warps=WARPS, enable_fp_fusion=False,
+            TILE=min(TILE, page_size), num_warps=WARPS, enable_fp_fusion=False,
+            **({"maxnreg": REGISTERS} if REGISTERS else {}),
         )  # fmt: skip
