@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import pytest
 import torch
+import triton
+import triton.language as tl
+from triton.runtime.interpreter import InterpretedFunction
 
 from frame_cases import make_pool, widths
 from mosaic_kernels.segment import SegmentFormat
+from mosaic_kernels.segment_encode.arithmetic import quotient, with_inverse
 from mosaic_kernels.segment_encode.launch import encode_pages
 from mosaic_kernels.segment_encode.reference import rotate_pages
 from mosaic_kernels.segment_table import HeadFormats, make_table
 from mosaic_kernels.topk.segment import TopKFormat
-from segment_cases import FORMATS, packed, sample
+from segment_cases import FORMATS, INF, packed, sample
 from sglang_mosaic.codec.basis import LayerBasis
 from sglang_mosaic.codec.encoding import Segments, encode_segments
 from sglang_mosaic.codec.kernel_encoding import KernelEncoder
 from sglang_mosaic.codec.plan import HeadPlan, LayerPlan
 from sglang_mosaic.codec.selection import SelectionProfile
 from test_codec_planes import DIM, HEADS, calibrated, pages
-from triton_device import DEVICE
+from triton_device import DEVICE, INTERPRETED
 
 PLANES = [name for name, fmt in FORMATS.items() if fmt.page_size == 64 and not fmt.exceptions]
 
@@ -93,6 +97,30 @@ def test_what_is_not_finite_stays_so_and_disturbs_nothing_else() -> None:
     assert not scales[7].isfinite() and scales[8:].isfinite().all()
     tokens = found[0, 1, fmt.v.scales : fmt.v.scales + 64]
     assert tokens[9] == 248 and (tokens[torch.arange(64) != 9] < 248).all()
+
+
+def quotients_kernel(x, divisors, found, N: tl.constexpr):
+    at = tl.program_id(0) * N + tl.arange(0, N)
+    divisor, inverse = with_inverse(tl.load(divisors + tl.program_id(0)))
+    tl.store(found + at, quotient(tl.load(x + at), divisor, inverse))
+
+
+quotients_kernel = InterpretedFunction(quotients_kernel) if INTERPRETED else triton.jit(quotients_kernel)
+
+
+def test_quotients_are_rounded_correctly() -> None:
+    generator = torch.Generator().manual_seed(2)
+    # Every significand of 11 bits, on a device; of any size that a step can have.
+    divisors = torch.arange(1024, 2048)[:: 128 if INTERPRETED else 1]
+    divisors = divisors * 2.0 ** torch.randint(-34, 5, divisors.shape, generator=generator)
+    # Quotients next to the middle between two floats, and their neighbours.
+    middles = torch.randint(2**24, 2**25, (len(divisors), 1024), generator=generator) | 1
+    near = (middles.double() * 2.0**-22 * divisors.double()[:, None]).float()
+    ends = (near.nextafter(torch.tensor(end)) for end in (INF, -INF))
+    x = torch.cat((near, *ends, torch.randn(near.shape, generator=generator)), 1)
+    found = torch.empty_like(x, device=DEVICE)
+    quotients_kernel[(len(x),)](x.to(DEVICE), divisors.to(DEVICE), found, N=x.shape[1], enable_fp_fusion=False)
+    assert torch.equal(found.cpu(), x / divisors[:, None])
 
 
 def test_rare_formats_are_left_alone() -> None:
