@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
-
 import torch
 
 from mosaic_kernels.segment_encode.kernel import encode_kernel
 from mosaic_kernels.segment_table import SegmentTable, check_encoded, check_rotated, padded
 
-# For measuring alone.
-TILE, WARPS, REGISTERS = (int(x) for x in os.environ.get("MOSAIC_ENCODE", "16,4,0").split(","))
+TILE, WARPS, WIDE_WARPS = 16, 4, 8
+"""WIDE_WARPS: of heads of more than 128 channels, whose values 4 warps cannot hold."""
 
 
 def encode_pages(
@@ -44,6 +42,6 @@ def encode_pages(
             table.k_words, table.v_words, epoch, pages,
             HEADS=heads, FORMATS=table.formats, T=page_size,
             DK=padded(table.k_dim), K_DIM=table.k_dim, DV=padded(table.v_dim), V_DIM=table.v_dim,
-            TILE=min(TILE, page_size), num_warps=WARPS, enable_fp_fusion=False,
-            **({"maxnreg": REGISTERS} if REGISTERS else {}),
+            TILE=min(TILE, page_size), num_warps=WARPS if max(table.k_dim, table.v_dim) <= 128 else WIDE_WARPS,
+            enable_fp_fusion=False,
         )  # fmt: skip

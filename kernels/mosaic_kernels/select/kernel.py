@@ -21,29 +21,6 @@ def count_kernel(keys, pieces, counts, totals, pages, HEADS: tl.constexpr, T: tl
         return
     first, last = first * T, last * T
     mine = keys + head.to(tl.int64) * pages * T
-    own = counts + (piece * HEADS + head) * KEYS
-    key = tl.arange(0, KEYS)
-    tl.store(own + key, tl.zeros([KEYS], tl.int32))
-    tl.debug_barrier()
-    for at in range(first, last, TILE):
-        token = at + tl.arange(0, TILE)
-        found = tl.load(mine + token, mask=token < last, other=0).to(tl.int32)
-        tl.atomic_add(own + found, 1, mask=token < last, sem="relaxed")
-    tl.debug_barrier()
-    found = tl.load(own + key, volatile=True)
-    tl.atomic_add(totals + (item * HEADS + head) * KEYS + key, found, mask=found > 0, sem="relaxed")
-
-
-@triton.jit
-def histogram_kernel(keys, pieces, counts, totals, pages, HEADS: tl.constexpr, T: tl.constexpr, TILE: tl.constexpr):
-    """One program: a piece and a KV head. keys int16 [HEADS, pages, T] -> counts int32 [pieces, HEADS, KEYS], and added
-    to totals int32 [items, HEADS, KEYS]."""
-    piece, head = tl.program_id(0), tl.program_id(1)
-    item, first, last = load_piece(pieces, piece)
-    if item < 0:
-        return
-    first, last = first * T, last * T
-    mine = keys + head.to(tl.int64) * pages * T
     found = tl.zeros([KEYS], tl.int32)
     for at in range(first, last, TILE):
         token = at + tl.arange(0, TILE)
@@ -89,57 +66,6 @@ def threshold_kernel(
 
 @triton.jit
 def collect_kernel(
-    keys, page_lse, pieces, first_piece, epochs, first_token, least, spares, above, ties, far_bias,
-    tokens, taken, far, pages, room, items,
-    HEADS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, T: tl.constexpr, PAGES: tl.constexpr,
-    PIECES: tl.constexpr,
-):  # fmt: skip
-    """One program: a piece and a KV head. tokens int32 [HEADS, room]; taken int32 [HEADS, items], added to; far float32
-    [HEADS, pages, GROUP]."""
-    piece, head = tl.program_id(0), tl.program_id(1)
-    item, first, last = load_piece(pieces, piece)
-    if item < 0:
-        return
-    own = piece * HEADS + head
-    bound, spare = tl.load(least + own), tl.load(spares + own)
-    # What the item's pieces before this one take. Equal keys are taken in order, as long as there is room.
-    higher, tied = tl.zeros([PIECES], tl.int32), tl.zeros([PIECES], tl.int32)
-    for at in range(tl.load(first_piece + item), piece, PIECES):
-        other = at + tl.arange(0, PIECES)
-        higher += tl.load(above + other * HEADS + head, mask=other < piece, other=0)
-        tied += tl.load(ties + other * HEADS + head, mask=other < piece, other=0)
-    used = tl.minimum(tl.sum(tied), spare)
-    begin, spare = tl.sum(higher) + used, tl.minimum(spare - used, tl.load(ties + own))
-    tl.atomic_add(taken + head * items + item, tl.load(above + own) + spare, sem="relaxed")
-    bias = tl.load(far_bias + tl.load(epochs + item) * HEADS + head)
-    to = tokens + head.to(tl.int64) * room + tl.load(first_token + item) + begin
-    of_head = head.to(tl.int64) * pages
-    r = tl.arange(0, ROWS)[None, :]
-    for at in range(first, last, PAGES):
-        page = at + tl.arange(0, PAGES)[:, None]
-        real = page < last
-        token = page * T + tl.arange(0, T)[None, :]
-        key = tl.load(keys + of_head * T + token, mask=real, other=0).to(tl.int32)
-        # One prefix sum for both: of the tokens above the threshold, and of those at it in the upper half.
-        one = tl.where(key >= bound, 1, tl.where(key == bound - 1, 1 << 16, 0))
-        one = tl.where(real, one, 0)
-        flat = tl.reshape(one, [PAGES * T])
-        until = tl.reshape(tl.cumsum(flat, 0), [PAGES, T])
-        sums = tl.sum(flat)
-        equal = until >> 16
-        take = (one == 1) | (one > 1) & (equal <= spare)
-        tl.store(to + (until & 0xFFFF) + tl.minimum(equal, spare) - 1, token, mask=take)
-        to += (sums & 0xFFFF) + tl.minimum(sums >> 16, spare)
-        spare = tl.maximum(spare - (sums >> 16), 0)
-        mass = tl.exp(key.to(tl.float32) / STEPS + LOWEST)
-        left = tl.log(tl.sum(tl.where(take, 0.0, mass), 1) / tl.sum(mass, 1))[:, None] + bias
-        lse_at = (of_head + page) * GROUP + r
-        lse = tl.load(page_lse + lse_at, mask=real & (r < GROUP), other=0)
-        tl.store(far + lse_at, lse + left, mask=real & (r < GROUP))
-
-
-@triton.jit
-def two_sums_kernel(
     keys, page_lse, pieces, first_piece, epochs, first_token, least, spares, above, ties, far_bias,
     tokens, taken, far, pages, room, items,
     HEADS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, T: tl.constexpr, PAGES: tl.constexpr,

@@ -2,28 +2,17 @@
 
 from __future__ import annotations
 
-import os
-
 import torch
 
 from mosaic_kernels.attend_pages.launch import query_rows
 from mosaic_kernels.page_batch import PageBatch
 from mosaic_kernels.scan.keys import KEYS
 from mosaic_kernels.segment_table import SegmentTable
-from mosaic_kernels.select.kernel import (
-    collect_kernel,
-    count_kernel,
-    histogram_kernel,
-    threshold_kernel,
-    two_sums_kernel,
-)
+from mosaic_kernels.select.kernel import collect_kernel, count_kernel, threshold_kernel
 from mosaic_kernels.select.selection import Selected, SelectionPlan
 
 TILE, TILE_PAGES, TILE_PIECES, WARPS = 2048, 16, 256, 4
 THRESHOLD_WARPS = 1
-# For measuring alone: h: the old histogram, s: two prefix sums; then tile and warps of the count.
-TRIED, TILE, COUNT_WARPS = os.environ.get("MOSAIC_SELECT", f",{TILE},{WARPS}").split(",")
-TILE, COUNT_WARPS = int(TILE), int(COUNT_WARPS)
 
 
 def select(
@@ -67,14 +56,14 @@ def select(
         counts = integers(batch.capacity, heads, KEYS)
         least, spares, above, ties = integers(4, batch.capacity, heads)
         grid = batch.capacity, heads
-        (histogram_kernel if "h" in TRIED else count_kernel)[grid](
-            keys, batch.pieces, counts, totals, pages, HEADS=heads, T=page_size, TILE=TILE, num_warps=COUNT_WARPS
+        count_kernel[grid](
+            keys, batch.pieces, counts, totals, pages, HEADS=heads, T=page_size, TILE=TILE, num_warps=WARPS
         )
         threshold_kernel[grid](
             counts, totals, batch.pieces, plan.most, least, spares, above, ties, top_p,
             HEADS=heads, TOP_P=top_p < 1, num_warps=THRESHOLD_WARPS,
         )  # fmt: skip
-        (two_sums_kernel if "s" in TRIED else collect_kernel)[grid](
+        collect_kernel[grid](
             keys, page_lse, batch.pieces, batch.first_piece, batch.epochs, plan.first, least, spares, above, ties,
             table.far_bias, selected.tokens, taken, selected.far, pages, plan.room, items,
             HEADS=heads, GROUP=group, ROWS=query_rows(group), T=page_size, PAGES=TILE_PAGES, PIECES=TILE_PIECES,
