@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from sglang_mosaic.cache import decode_attention as module
+from sglang_mosaic.cache import warm_up as warm_up_module
 from sglang_mosaic.cache.continuing import Continuing
 from sglang_mosaic.cache.decode_attention import DecodeAttention
 from sglang_mosaic.cache.frame_decoder import frame_decoder
@@ -228,3 +229,10 @@ def test_prefill_over_mosaic_pages_decodes_with_the_kernel(memory):
     MixedAttention(memory, [one]).run(1, q, wanted, SCALE)
     # Decoded in float16, and on a GPU attended in it.
     assert 0 < relative(found, wanted) < 4e-3
+
+
+def test_compiling_in_advance_leaves_the_pool_as_it_is(memory, monkeypatch):
+    monkeypatch.setattr(warm_up_module, "PAGES", 3)
+    before = memory.slab.frames.clone()
+    warm_up_module.warm_up(memory, memory.dense_k[0].shape[1] * GROUP)
+    assert torch.equal(memory.slab.frames, before)

@@ -34,6 +34,8 @@ LEVELS, of V: float16 step between codes in scales of the token | float16 value 
 exact."""
 WORDS = 4
 _MOST_BYTES = 1 << 16
+FORMATS = 8
+"""Of a head, that tables have room for, so that kernels are compiled once: calibrations make no more."""
 MOST_CHANNELS, MOST_GROUP = 256, 16
 """Channels of a head and query heads per KV head that kernels can have."""
 

@@ -15,7 +15,8 @@ _FEW = tl.constexpr(16)
 """Channels of the result at a time where speed does not matter: for fewer registers."""
 
 
-@triton.jit
+# Compiled once for any number of pages: it takes seconds, in the middle of serving.
+@triton.jit(do_not_specialize=["pages"])
 def rotate_kernel(
     x, digits, exponents, out, pages, page_stride, token_stride, head_stride, channel_stride,
     DIGITS: tl.constexpr, T: tl.constexpr, PAGES: tl.constexpr,

@@ -26,7 +26,8 @@ _SAFE = tl.constexpr(0.98)
 """The cost is of 2^17 errors or fewer in units of 2^-15 of the largest: rounding them takes 1.1% off it at most."""
 
 
-@triton.jit
+# Compiled once for any number of pages: it takes seconds, in the middle of serving.
+@triton.jit(do_not_specialize=["pages", "epoch"])
 def choose_kernel(
     k_rot, v_rot, numbers, scalars, shares, k_weights, v_roots, epoch, pages,
     HEADS: tl.constexpr, FORMATS: tl.constexpr, PADDED: tl.constexpr, T: tl.constexpr,

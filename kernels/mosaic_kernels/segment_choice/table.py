@@ -26,10 +26,10 @@ class ChoiceTable(NamedTuple):
     """float32 [H, v_dim]: square roots of v_weights."""
 
 
-def make_choice_table(heads: Sequence[HeadChoice], device: torch.device | str) -> ChoiceTable:
-    """The table of one layer."""
+def make_choice_table(heads: Sequence[HeadChoice], device: torch.device | str, room: int = 0) -> ChoiceTable:
+    """The table of one layer, with room for so many formats of a head at least."""
     first = heads[0].formats[0]
-    most = max(len(head.formats) for head in heads)
+    most = max(room, *(len(head.formats) for head in heads))
     shares = torch.zeros(len(heads), (first.k_dim + first.v_dim) // GROUP, padded(most), dtype=torch.float64)
     for of_head, head in zip(shares, heads, strict=True):
         for i, fmt in enumerate(head.formats):

@@ -22,7 +22,8 @@ from mosaic_kernels.load_segment import (
 )
 
 
-@triton.jit
+# Compiled once for any number of pages: it takes seconds, in the middle of serving.
+@triton.jit(do_not_specialize=["pages", "epoch"])
 def decode_kernel(
     data, frame_bytes, frames, starts, scalars, k_words, v_words, epoch, k_out, v_out, pages,
     HEADS: tl.constexpr, FORMATS: tl.constexpr, T: tl.constexpr, TILE: tl.constexpr,

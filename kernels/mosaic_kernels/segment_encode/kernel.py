@@ -35,7 +35,8 @@ _TRIED_0, _TRIED_1, _TRIED_2 = (tl.constexpr(more) for more in quantise.V_TRIED)
 _ERROR_UNITS = tl.constexpr(float(quantise.ERROR_UNITS))
 
 
-@triton.jit
+# Compiled once for any number of pages: it takes seconds, in the middle of serving.
+@triton.jit(do_not_specialize=["pages", "epoch"])
 def encode_kernel(
     k_rot, v_rot, data, frame_bytes, numbers, starts, scalars, k_words, v_words, epoch, pages,
     HEADS: tl.constexpr, FORMATS: tl.constexpr, T: tl.constexpr,

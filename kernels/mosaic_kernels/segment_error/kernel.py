@@ -11,7 +11,8 @@ _SCALARS, _KIND = tl.constexpr(table.SCALARS), tl.constexpr(table.KIND)
 _FORMAT, _ERROR = tl.constexpr(reference.FORMAT), tl.constexpr(reference.ERROR)
 
 
-@triton.jit
+# Compiled once for any number of pages: it takes seconds, in the middle of serving.
+@triton.jit(do_not_specialize=["pages", "epoch"])
 def error_kernel(
     k_rot, v_rot, data, frame_bytes, numbers, starts, scalars, k_words, v_words, k_weights, v_weights, errors,
     epoch, pages,

@@ -41,6 +41,10 @@ class Readers:
             self._tables = SegmentTables(memory, scanned=k.shape[-1] if not memory.epochs.live else 0)
             self._decode: Decode | None = frame_decoder(memory, self._tables)
             self.decoding = DecodeAttention(memory, self._tables, group)
+            if config.compresses:
+                from sglang_mosaic.cache.warm_up import warm_up
+
+                warm_up(memory, memory.dense_k[0].shape[1] * group)
         elif config.select:
             self._selections = Selections(config)
 

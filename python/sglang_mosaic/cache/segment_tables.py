@@ -6,13 +6,10 @@ from typing import NamedTuple
 
 import torch
 
-from mosaic_kernels.segment_table import SegmentTable, empty_table, make_table
+from mosaic_kernels.segment_table import FORMATS, SegmentTable, empty_table, make_table
 from sglang_mosaic.cache.memory import PageMemory
 from sglang_mosaic.codec.planes import PlanesEpoch, planes_of
 from sglang_mosaic.page import PAGE_SIZE
-
-FORMATS = 8
-"""Of a head, that tables have room for at first; calibrations make up to seven."""
 
 
 class LayerTables(NamedTuple):

@@ -10,7 +10,7 @@ from mosaic_kernels.segment_choice.launch import choose
 from mosaic_kernels.segment_choice.table import make_choice_table
 from mosaic_kernels.segment_encode.launch import encode_pages
 from mosaic_kernels.segment_error.launch import write_errors
-from mosaic_kernels.segment_table import HeadFormats, make_table
+from mosaic_kernels.segment_table import FORMATS, HeadFormats, make_table
 from sglang_mosaic.codec import strategies
 from sglang_mosaic.codec.encoding import Chosen, Encoded, Segments, by_format, rare_kind, rare_kinds
 
@@ -27,14 +27,17 @@ class KernelEncoder:
         self._segments = segments
         heads = segments.plan.heads
         spans = zip(segments.spans, heads, strict=True)
-        self._table = make_table([[HeadFormats(span.start, head.formats) for span, head in spans]], device)
+        formats = [HeadFormats(span.start, head.formats) for span, head in spans]
+        # Tables of one size, so that kernels are compiled once and not for every layer and epoch.
+        self._table = make_table([formats], device, room=FORMATS)
+        self._weighed = self._table._replace(any_topk=True, any_exceptions=True)
         self._ordinary = self._table._replace(any_topk=False, any_exceptions=False)
         """For kernels that meet no segment of a rare kind, and are faster then."""
         self._k_rotation, self._v_rotation = (
             make_rotation_table(basis.to(device))
             for basis in (segments.plan.basis.k_basis, segments.plan.basis.v_basis)
         )
-        self._costs = make_choice_table(segments.choices, device)
+        self._costs = make_choice_table(segments.choices, device, room=FORMATS)
         rare = torch.zeros(len(heads), self._table.formats, dtype=torch.bool)
         for of_head, head in zip(rare, heads, strict=True):
             of_head[: len(head.formats)] = torch.tensor([rare_kind(fmt) is not None for fmt in head.formats])
@@ -49,7 +52,7 @@ class KernelEncoder:
         """
         k_rot, v_rot = rotate(k, self._k_rotation), rotate(v, self._v_rotation)
         data = torch.zeros(k_rot.shape[1], self._segments.plan.nbytes, dtype=torch.uint8, device=k_rot.device)
-        numbers = choose(k_rot, v_rot, self._costs, self._table)
+        numbers = choose(k_rot, v_rot, self._costs, self._weighed)
         encode_pages(k_rot, v_rot, numbers, data, self._table)
         rare = self._rare_segments(numbers)
         heads = self._segments.plan.heads
