@@ -43,6 +43,7 @@ def test_every_answer_is_that_of_a_server_whose_manager_was_left_alone(off_serve
         # Pages come back before anything goes wrong.
         wait_for(lambda: server.stats()["host"]["restored"] > before["restored"] or load.failed, "a restore")
         kill_managers(root, KILLS, seed=1)
+        wait_for(lambda: server.stats()["host"]["connected"], "the manager's return")
         stop_manager(root, STOP_S)
         wait_for(lambda: server.stats()["host"]["connected"], "the manager's return")
         returned = server.stats()["host"]["restored"]

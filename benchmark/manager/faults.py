@@ -154,6 +154,8 @@ def harm_manager(args: argparse.Namespace, site: Site, prompts: dict[str, str]) 
         with Load(server.url, prompts, args.output_tokens, expected, args.clients, args.seed + 1) as load:
             kill_managers(server.pid, args.kills, args.seed, after)
             killed_s = time.monotonic() - start
+            # One that is still starting would only be started again.
+            wait_for(lambda: statistics(server.url)["host"]["connected"], "the manager's return")
             survived = stop_manager(server.pid, args.stop_s) if args.stop_s else None
             wait_for(lambda: statistics(server.url)["host"]["connected"], "the manager's return")
             site.watch(server)
@@ -229,6 +231,8 @@ def failures(result: dict[str, Any]) -> list[str]:
     loads |= {f"server life {i + 1}": row for i, row in enumerate(result["server"])}
     for name, load in loads.items():
         found += [f"{name}: {line}" for line in (*load["wrong"], *load["failed"])]
+    if manager["stopped_s"] and not manager["silences_noticed"]:
+        found.append("the stop of the manager was not noticed")
     if manager["deaths_noticed"] < manager["kills"]:
         found.append(f"{manager['deaths_noticed']} deaths were noticed of {manager['kills']}")
     if manager["frames_left"]:
