@@ -67,7 +67,7 @@ def move_in_the_table(memory: PageMemory) -> None:
 
 
 def forget_a_calibration(memory: PageMemory) -> None:
-    memory.epochs.assign([memory.lifecycle.frame[COMPRESSED]], 17)
+    memory.epochs._numbers[memory.lifecycle.frame[COMPRESSED] - memory.table.first_mosaic] = 17
 
 
 @pytest.mark.parametrize(
