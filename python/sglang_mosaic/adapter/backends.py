@@ -6,7 +6,6 @@ import functools
 from typing import Any
 
 from sglang_mosaic.adapter.prefill_rate import PrefillRate
-from sglang_mosaic.cache.written_slots import WrittenSlots
 
 
 def create_attention_backend(runner: Any) -> Any:
@@ -58,15 +57,14 @@ def _bracket_forward(runner: Any) -> None:
     @functools.wraps(forward)
     def bracketed(forward_batch: Any, *args: Any, **kwargs: Any) -> Any:
         memory.begin_forward()
-        written = None if forward_batch.out_cache_loc is None else WrittenSlots.of(forward_batch.out_cache_loc)
         # Nobody asks for the rate but who may bring pages back instead.
         timed = memory.host is not None and forward_batch.forward_mode.is_extend()
         started = rate.start(device) if timed else None
         output = forward(forward_batch, *args, **kwargs)
         if timed:
             rate.stop(started, forward_batch.extend_num_tokens)
-        if written is not None:
-            memory.forward_launched(written)
+        if forward_batch.out_cache_loc is not None:
+            memory.forward_launched(forward_batch.out_cache_loc)
         return output
 
     runner.forward = bracketed

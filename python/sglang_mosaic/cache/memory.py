@@ -18,7 +18,6 @@ from sglang_mosaic.cache.host_tier import HostTier
 from sglang_mosaic.cache.host_traffic import HostTraffic
 from sglang_mosaic.cache.lifecycle import Copy, Encoding, Operation, PageLifecycle
 from sglang_mosaic.cache.samples import PageSamples, SampledPage
-from sglang_mosaic.cache.written_slots import WrittenSlots
 from sglang_mosaic.codec.base import Codec, Epoch
 from sglang_mosaic.codec.calibration_job import statistics_to_bytes
 from sglang_mosaic.codec.planes import planes_codec_of, planes_of
@@ -79,7 +78,7 @@ class PageMemory:
         self.audits = self.step_audits = 0
         self._audited: int | None = None
         self._canary = PageCanary(self) if config.audit else None
-        self._written: list[WrittenSlots] = []
+        self._written: list[torch.Tensor] = []
 
     def set_recent_pages(self, recent_pages: Callable[[], Collection[int]]) -> None:
         """Tell which pages lie in the recent windows of running requests."""
@@ -146,9 +145,9 @@ class PageMemory:
             self._apply(kind, list(run))
         self.table.update(updates.table)
 
-    def forward_launched(self, slots: torch.Tensor | WrittenSlots) -> None:
+    def forward_launched(self, slots: torch.Tensor) -> None:
         """A forward that writes these logical slots (integer ``[tokens]``) has been launched."""
-        self._written.append(slots if isinstance(slots, WrittenSlots) else WrittenSlots.of(slots))
+        self._written.append(slots)
 
     def dense_rows(self, layer: int, frames: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """K and V ``[frames, 64, kv_heads, dim]`` of dense frames, copied."""
@@ -254,7 +253,7 @@ class PageMemory:
         # Must run before every allocation: read any later, a slot could name the next life of a page freed meanwhile.
         if not self._written:
             return
-        slots = torch.cat([written.on_host() for written in self._written])
+        slots = torch.cat(self._written)
         self._written.clear()
         last = slots[slots % PAGE_SIZE == PAGE_SIZE - 1]
         self.lifecycle.seal((last // PAGE_SIZE).tolist())
