@@ -2,7 +2,7 @@
 
 Mosaic pages are decoded block by block into scratch, once per block for all requests of the batch that share them, and
 attended in the rotated bases of their epoch; dense tokens are attended exactly; log-sum-exp joins the parts. All in
-plain torch, the reference of kernel_attention.py; prefills on a GPU take the same way with a kernel that decodes and
+plain torch, the reference of decode_attention.py; prefills on a GPU take the same way with a kernel that decodes and
 flash attention. Requests with long compressed contexts may select the tokens that they read (selection.py).
 """
 
