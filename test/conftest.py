@@ -13,7 +13,6 @@ from real_server import Server, Servers
 # The order that needs the fewest starts of servers; other tests come first.
 SERVER_FILES = (
     "test_server_identity.py",
-    "test_server_faults.py",
     "test_server_shared_prefix.py",
     "test_server_calibrated.py",
     "test_server_abuse.py",

@@ -64,13 +64,9 @@ LAUNCHES = {
         "sglang.launch_server",
         (*COMMON, "--max-total-tokens", "6144", "--attention-backend", "torch_native", "--page-size", "64"),
     ),
-    # It keeps what it evicts on the host, uncompressed as well.
     "off": Launch(
         "sglang_mosaic.launch_server",
-        (
-            *(*COMMON, "--max-total-tokens", "6144", "--mosaic-encode", "off", "--mosaic-audit"),
-            *("--mosaic-host-gb", "1", "--mosaic-restart-s", "0.2"),
-        ),
+        (*COMMON, "--max-total-tokens", "6144", "--mosaic-encode", "off", "--mosaic-audit"),
     ),
     # Pages are compressed as soon as they leave the recent window; 12,800 logical tokens. Calibrated once, here and
     # below: tests compare answers before and after other traffic.

@@ -40,7 +40,7 @@ from benchmark.common.report import environment, public_command, write_json
 from benchmark.common.server import ServerProcess
 from benchmark.manager.fault_load import Expected, Load, answers, shared_prefix_prompts
 from benchmark.manager.own_server import make_server, statistics
-from benchmark.manager.saboteur import kill_managers, manager_of, stop_manager, wait_for
+from benchmark.manager.saboteur import kill_managers, manager_of, stop_manager, wait_for, wait_for_work
 
 SERVER_ARGS = (
     "--device cpu --dtype bfloat16 --mem-fraction-static 0.1 --max-running-requests 2 --chunked-prefill-size 256 "
@@ -155,9 +155,9 @@ def harm_manager(args: argparse.Namespace, site: Site, prompts: dict[str, str]) 
             kill_managers(server.pid, args.kills, args.seed, after)
             killed_s = time.monotonic() - start
             # One that is still starting would only be started again.
-            wait_for(lambda: statistics(server.url)["host"]["connected"], "the manager's return")
+            wait_for_work(server.pid, lambda: statistics(server.url)["host"])
             survived = stop_manager(server.pid, args.stop_s) if args.stop_s else None
-            wait_for(lambda: statistics(server.url)["host"]["connected"], "the manager's return")
+            wait_for_work(server.pid, lambda: statistics(server.url)["host"])
             site.watch(server)
         stats = audited(server.url)
         host = stats["host"]

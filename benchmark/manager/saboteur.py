@@ -6,6 +6,7 @@ import random
 import signal
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import psutil
 
@@ -41,6 +42,23 @@ def wait_for(condition: Callable[[], object], what: str, patience_s: float = PAT
         if time.monotonic() > deadline:
             raise BenchmarkError(f"{what} did not happen in {patience_s:g} s")
         time.sleep(0.02)
+
+
+def wait_for_work(server_pid: int, host: Callable[[], dict[str, Any]]) -> None:
+    """Wait until the server has a manager that answers, and is not just about to notice that it has ended.
+
+    Args:
+        host: tells the server's counters and gauges of its host tier.
+
+    Raises:
+        BenchmarkError: it does not get one.
+    """
+
+    def works() -> bool:
+        manager, stats = manager_of(server_pid), host()
+        return manager is not None and stats["connected"] and stats["pid"] == manager.pid
+
+    wait_for(works, "the start of a manager that answers")
 
 
 def lives(server_pid: int) -> Iterator[psutil.Process]:
