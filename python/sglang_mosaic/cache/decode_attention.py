@@ -165,6 +165,7 @@ class DecodeAttention:
     ) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
         data, formats = self._memory.slab.frames, tables.formats
         batch, room = step.plan.mosaic, step.plan.selection
+        assert room is not None, "the step was allocated without a selection"
         if reading is Reading.SELECTED:
             keys, page_lse = scan(rotated, data, dense_lse, batch, formats, scale)
             chosen = select(keys, page_lse, batch, room, formats, self._memory.config.select_top_p)

@@ -11,6 +11,7 @@ from sglang_mosaic.cache.selection import Selections
 
 if TYPE_CHECKING:
     from sglang_mosaic.cache.decode_attention import DecodeAttention
+    from sglang_mosaic.cache.segment_tables import SegmentTables
 
 
 class Readers:
@@ -27,7 +28,8 @@ class Readers:
     def __init__(self, memory: PageMemory, group: int) -> None:
         self._memory = memory
         config = memory.config
-        self._tables, self._decode = None, None
+        self._tables: SegmentTables | None = None
+        self._decode: Decode | None = None
         self._selections: Selections | None = None
         k, v = memory.dense_k[0], memory.dense_v[0]
         # Only the codec of this project has kernels; the baselines are there to be compared with.
@@ -39,7 +41,7 @@ class Readers:
 
             # A CUDA graph may be captured before there is an epoch to tell what scans will read.
             self._tables = SegmentTables(memory, scanned=k.shape[-1] if not memory.epochs.live else 0)
-            self._decode: Decode | None = frame_decoder(memory, self._tables)
+            self._decode = frame_decoder(memory, self._tables)
             self.decoding = DecodeAttention(memory, self._tables, group)
             if config.compresses:
                 from sglang_mosaic.cache.warm_up import warm_up
@@ -49,7 +51,8 @@ class Readers:
             self._selections = Selections(config)
 
     def table_sizes(self) -> object:
-        """What kernels are compiled for now; CUDA graphs captured for something else read wrong."""
+        """What kernels are compiled for now; CUDA graphs captured for something else read wrong. Only with kernels."""
+        assert self._tables is not None, "there are no kernels for this pool"
         self._tables.update()
         return self._tables.sizes
 

@@ -37,7 +37,12 @@ class Sizes(NamedTuple):
         return all(mine >= theirs for mine, theirs in zip(self, other, strict=True))
 
     def union(self, other: Sizes) -> Sizes:
-        return Sizes(*(max(mine, theirs) for mine, theirs in zip(self, other, strict=True)))
+        return Sizes(
+            max(self.formats, other.formats),
+            max(self.scanned, other.scanned),
+            self.topk or other.topk,
+            self.exceptions or other.exceptions,
+        )
 
 
 class SegmentTables:
