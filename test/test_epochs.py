@@ -229,7 +229,9 @@ def test_calibration_samples_starts_of_sequences_first_and_never_too_many(monkey
     memory = empty_memory(MosaicConfig(), 100, 20)
     seen = []
     calibrate = memory.codec.calibrate
-    monkeypatch.setattr(memory.codec, "calibrate", lambda samples: seen.append(samples) or calibrate(samples))
+    monkeypatch.setattr(
+        memory.codec, "calibrate", lambda samples, quick: seen.append(samples) or calibrate(samples, quick)
+    )
     sinks = list(range(1, 41))
     append(memory, list(range(1, 100)), sinks=sinks)
     memory.allocate([100, 101], [])
