@@ -26,6 +26,10 @@ SERVER_FILES = (
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: SERVER_FILES.index(item.path.name) + 1 if item.path.name in SERVER_FILES else 0)
+    for item in items:
+        if item.path.name in SERVER_FILES:
+            # One worker has all the servers (`make test` runs two), the other one the rest.
+            item.add_marker(pytest.mark.xdist_group("servers"))
 
 
 @pytest.fixture(scope="session")
