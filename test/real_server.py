@@ -16,6 +16,7 @@ import requests
 from answers import Answer
 from benchmark.common import sglang_http
 from benchmark.common.server import ServerProcess, free_port
+from benchmark.common.server_log import trouble
 
 HOST = "127.0.0.1"
 MOST_ALIVE = 2
@@ -98,10 +99,6 @@ LAUNCHES = {
     "smallest": Launch("sglang_mosaic.launch_server", (*COMMON, "--mosaic-kv-mib", "36.6", "--mosaic-audit")),
 }
 
-_TROUBLE = re.compile(r"Traceback|[A-Z]\w*(?:Error|Exception)\b|\bERROR\b|\bleak|invariant|violat", re.IGNORECASE)
-# SGLang's settings, optional parts of it that are not installed, and clients that hung up.
-_HARMLESS = re.compile(r"server_args=|No module named|disconnected from the client side")
-
 
 class Server:
     """One running server."""
@@ -114,7 +111,7 @@ class Server:
 
     def generate(self, prompt: str | list[int], max_new_tokens: int, **more: Any) -> Answer:
         """Greedy answer to a text or to token ids, exactly `max_new_tokens` long."""
-        body = generate_body(prompt, max_new_tokens, **more)
+        body = sglang_http.generate_body(prompt, max_new_tokens, **more)
         response = requests.post(f"{self.url}/generate", json=body, headers=self.headers, timeout=300)
         assert response.ok, f"{self.name}: HTTP {response.status_code}: {response.text[:500]}"
         return Answer.of(response.json())
@@ -163,8 +160,7 @@ class Server:
 
     def trouble(self) -> list[str]:
         """Lines of the log that tell of an exception, a leak or a violated invariant."""
-        lines = self.process.log_path.read_text(errors="replace").splitlines()
-        return [line[:300] for line in lines if _TROUBLE.search(line) and not _HARMLESS.search(line)]
+        return trouble(self.process.log_path)
 
     def get(self, path: str) -> requests.Response:
         """Answer to a GET of a path."""
@@ -234,14 +230,3 @@ def run_python(*arguments: str, timeout_s: float = 120) -> subprocess.CompletedP
         text=True,
         timeout=timeout_s,
     )
-
-
-def generate_body(prompt: str | list[int], max_new_tokens: int, **more: Any) -> dict[str, Any]:
-    """Body of /generate: greedy, of a fixed length, with what `Answer` needs."""
-    return {
-        ("text" if isinstance(prompt, str) else "input_ids"): prompt,
-        "sampling_params": {"max_new_tokens": max_new_tokens, "temperature": 0, "ignore_eos": True},
-        "return_logprob": True,
-        "top_logprobs_num": 2,
-        **more,
-    }

@@ -254,6 +254,7 @@ def test_a_full_disk_is_a_miss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(os, "fsync", fail)
     assert not tier.write(record(KEYS[0], b"one"))
+    assert tier.failed_writes == 1
     assert list((tmp_path / "v1" / "pages").iterdir()) == []
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from abusive_clients import Abuse, plan
 from answers import Answer, largest_drift, wrong_answers
 from benchmark.common.text import make_text
+from benchmark.soak.rude_clients import Abuse, plan
 from real_server import Server, Servers
 
 pytestmark = pytest.mark.server

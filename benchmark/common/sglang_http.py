@@ -68,6 +68,17 @@ def flush_cache(url: str, patience_s: float = 30.0) -> None:
         time.sleep(0.5)
 
 
+def generate_body(prompt: str | list[int], max_new_tokens: int, **more: Any) -> dict[str, Any]:
+    """Body of /generate: a greedy answer of a fixed length, with the two best log-probabilities of each token."""
+    return {
+        ("text" if isinstance(prompt, str) else "input_ids"): prompt,
+        "sampling_params": {"max_new_tokens": max_new_tokens, "temperature": 0, "ignore_eos": True},
+        "return_logprob": True,
+        "top_logprobs_num": 2,
+        **more,
+    }
+
+
 class TokenClient:
     """One keep-alive connection to /generate for prompts given as token ids; requests go one at a time."""
 

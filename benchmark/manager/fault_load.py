@@ -49,14 +49,8 @@ def ask(url: str, prompt: str, tokens: int) -> Reply:
     Raises:
         BenchmarkError: there was none.
     """
-    body = {
-        "text": prompt,
-        "sampling_params": {"max_new_tokens": tokens, "temperature": 0, "ignore_eos": True},
-        "return_logprob": True,
-        "top_logprobs_num": 2,
-    }
     try:
-        response = requests.post(f"{url}/generate", json=body, timeout=PATIENCE_S)
+        response = requests.post(f"{url}/generate", json=sglang_http.generate_body(prompt, tokens), timeout=PATIENCE_S)
     except requests.RequestException as error:
         raise BenchmarkError(f"a request failed: {error}") from error
     if not response.ok:

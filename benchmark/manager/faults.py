@@ -20,7 +20,6 @@ from __future__ import annotations
 import argparse
 import os
 import random
-import re
 import sys
 import tempfile
 import time
@@ -35,9 +34,11 @@ import requests
 
 from benchmark.common import sglang_http
 from benchmark.common.errors import BenchmarkError
+from benchmark.common.leftovers import shared_memory_files
 from benchmark.common.options import integer, number
 from benchmark.common.report import environment, public_command, write_json
 from benchmark.common.server import ServerProcess
+from benchmark.common.server_log import trouble
 from benchmark.manager.fault_load import Expected, Load, answers, shared_prefix_prompts
 from benchmark.manager.own_server import make_server, statistics
 from benchmark.manager.saboteur import kill_managers, manager_of, stop_manager, wait_for, wait_for_work
@@ -46,8 +47,6 @@ SERVER_ARGS = (
     "--device cpu --dtype bfloat16 --mem-fraction-static 0.1 --max-running-requests 2 --chunked-prefill-size 256 "
     "--skip-server-warmup --sleep-on-idle --max-total-tokens 1024 --mosaic-host-gb 1 --mosaic-restart-s 0.2"
 )
-TROUBLE = re.compile(r"Traceback|\bERROR\b|memory leak|invariant|violat", re.IGNORECASE)
-HARMLESS = re.compile(r"server_args=|No module named")
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -83,7 +82,7 @@ class Site:
         self._args = args
         self._folder = folder
         self._logs = 0
-        self._shm = set(os.listdir("/dev/shm"))
+        self._shm = shared_memory_files()
         self._processes: set[psutil.Process] = set()
 
     def server(self, *more: str) -> ServerProcess:
@@ -99,9 +98,8 @@ class Site:
         self._processes |= {root, *root.children(recursive=True)}
 
     def left_behind(self) -> list[str]:
-        """Our files in /dev/shm, and processes, that servers have left. SGLang's own files there outlive a kill."""
-        new = sorted(set(os.listdir("/dev/shm")) - self._shm)
-        files = [f"/dev/shm/{name}" for name in new if not name.startswith(("sem.mp-", "sglang_", "psm_"))]
+        """Our files in /dev/shm, and processes, that servers have left."""
+        files = [f"/dev/shm/{name}" for name in sorted(shared_memory_files() - self._shm)]
         _, alive = psutil.wait_procs(list(self._processes), timeout=10)
         return files + [f"process {process.pid}" for process in alive]
 
@@ -116,12 +114,6 @@ def audited(url: str) -> dict[str, Any]:
     wait_for(lambda: statistics(url)["audits"] > before, "another audit")
     sglang_http.flush_cache(url)
     return statistics(url)
-
-
-def trouble(log: Path) -> list[str]:
-    """Lines of a server's log that tell of an exception, a leak or a violated invariant."""
-    lines = log.read_text(errors="replace").splitlines()
-    return [line[:300] for line in lines if TROUBLE.search(line) and not HARMLESS.search(line)]
 
 
 def told(load: Load) -> dict[str, Any]:

@@ -227,13 +227,14 @@ _MANAGER = (
     ),
     _counter(
         "manager_refused_total",
-        "What the manager refused: messages that were none, payloads that did not match, damaged records, and records "
-        "that no tier had room for.",
+        "What the manager refused: messages that were none, payloads that did not match, damaged records, records that "
+        "no tier had room for, and those that the disk did not take.",
         {
             "message": MANAGER + "refused_messages",
             "payload": MANAGER + "refused_payloads",
             "record": MANAGER + "refused_records",
             "full": MANAGER + "refused_full",
+            "write": MANAGER + "refused_writes",
         },
         "what",
     ),

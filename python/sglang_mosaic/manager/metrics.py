@@ -60,6 +60,8 @@ class ManagerMetrics:
     """Records that were damaged when they were needed."""
     refused_full: int = 0
     """Puts that no tier had room for."""
+    refused_writes: int = 0
+    """Records that the directory's disk did not take; they stay in memory alone."""
     calibrations: int = 0
     calibrations_failed: int = 0
     restore: Histogram = dataclasses.field(default_factory=Histogram)

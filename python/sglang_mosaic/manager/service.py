@@ -272,6 +272,7 @@ class Service:
         metrics.memory_restored_bytes = memory.restored_bytes
         if directory is not None:
             metrics.disk_records, metrics.disk_bytes = len(directory), directory.nbytes
+            metrics.refused_writes = directory.failed_writes
         metrics.backlog = self.store.backlog
         metrics.evicted = self.store.evicted
         return metrics

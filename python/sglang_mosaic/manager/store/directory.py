@@ -51,6 +51,8 @@ class DirectoryTier:
         self.limit_bytes = limit_bytes
         self.refused = 0
         """Files that were damaged, foreign or of another version; they are removed."""
+        self.failed_writes = 0
+        """Records that the system did not let us write: the disk is full, say."""
         self._base = root / LAYOUT
         self._lock = threading.Lock()
         self._files: dict[RecordId, _File] = {}
@@ -127,6 +129,7 @@ class DirectoryTier:
                 _remove(temporary)
                 raise
         except OSError:
+            self.failed_writes += 1
             return False
         self._forget(record.id, delete=False)
         with self._lock:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import aiohttp
 
-from real_server import generate_body
+from benchmark.common.sglang_http import generate_body
 
 LENGTHS = {1: 3, 63: 3, 64: 3, 65: 3, 128: 4, 300: 3, 700: 1, 1200: 1}
 """Prompt lengths in tokens, and how often each is drawn."""

@@ -1,0 +1,18 @@
+"""What a server's log says of trouble."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+_TROUBLE = re.compile(r"Traceback|[A-Z]\w*(?:Error|Exception)\b|\bERROR\b|\bleak|invariant|violat", re.IGNORECASE)
+# SGLang's settings, optional parts of it that are not installed, and clients that hung up.
+_HARMLESS = re.compile(r"server_args=|No module named|disconnected from the client side")
+LINE = 300
+"""Characters of a line that are told."""
+
+
+def trouble(log: Path) -> list[str]:
+    """Lines of a server's log that tell of an exception, a leak or a violated invariant."""
+    lines = log.read_text(errors="replace").splitlines()
+    return [line[:LINE] for line in lines if _TROUBLE.search(line) and not _HARMLESS.search(line)]
