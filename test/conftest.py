@@ -17,6 +17,8 @@ SERVER_FILES = (
     "test_server_calibrated.py",
     "test_server_abuse.py",
     "test_server_host_tier.py",
+    "test_server_aborts.py",
+    "test_server_faults.py",
     "test_server_sight.py",
     "test_server_tenants.py",
     "test_server_dropin.py",
@@ -72,6 +74,12 @@ def pressure_server(servers: Servers) -> Server:
 def host_server(servers: Servers) -> Server:
     """Ours, with a host tier behind a pool of two prompts, and a key."""
     return servers["host"]
+
+
+@pytest.fixture
+def exact_server(servers: Servers) -> Server:
+    """Ours, in 32 bits and with nothing compressed, with a host tier behind a pool of three prompts."""
+    return servers["exact"]
 
 
 @pytest.fixture

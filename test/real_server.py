@@ -17,6 +17,7 @@ from answers import Answer
 from benchmark.common import sglang_http
 from benchmark.common.server import ServerProcess, free_port
 from benchmark.common.server_log import trouble
+from benchmark.soak.soak import JITTER_PLUGIN
 
 HOST = "127.0.0.1"
 MOST_ALIVE = 2
@@ -49,6 +50,8 @@ class Launch:
     module: str
     flags: tuple[str, ...]
     environment: dict[str, str] = dataclasses.field(default_factory=dict)
+    jitter: bool = False
+    """Loads the plugin that makes it pause while `Servers.jitter` is there (benchmark/soak/jitter)."""
 
     @property
     def headers(self) -> dict[str, str]:
@@ -74,6 +77,7 @@ LAUNCHES = {
     "seal": Launch(
         "sglang_mosaic.launch_server",
         (*COMMON, "--mosaic-encode", "seal", "--mosaic-refresh-pages", "0", "--mosaic-kv-mib", "111", "--mosaic-audit"),
+        jitter=True,
     ),
     # Pages are compressed when memory runs out (the default); 4,096 logical tokens. Started as a drop-in by SGLang's
     # own launcher, made to retract a running request now and then, and audited between steps.
@@ -84,6 +88,7 @@ LAUNCHES = {
             *(*COMMON, "--mosaic-refresh-pages", "0", "--mosaic-kv-mib", "57", "--mosaic-audit", "20"),
         ),
         {"SGLANG_TEST_RETRACT": "1", "SGLANG_TEST_RETRACT_INTERVAL": "20"},
+        jitter=True,
     ),
     # Evicted pages go to the host; 1,024 logical tokens, which is two prompts of test_server_host_tier.py. Nobody is
     # served without the key.
@@ -94,6 +99,18 @@ LAUNCHES = {
             *("--mosaic-encode", "seal", "--mosaic-calibration-pages", "7", "--mosaic-refresh-pages", "0"),
             *("--mosaic-host-gb", "0.25", "--mosaic-audit", "--api-key", "only-for-tests"),
         ),
+    ),
+    # Nothing is compressed and nothing is rounded to 16 bits, so that pages which come back from the host, and prompts
+    # that are computed in other pieces, give the very same tokens; 1,024 logical tokens, which is three prompts of
+    # test_server_faults.py.
+    "exact": Launch(
+        "sglang_mosaic.launch_server",
+        (
+            *(*COMMON, "--dtype", "float32", "--max-running-requests", "2", "--chunked-prefill-size", "256"),
+            *("--max-total-tokens", "1024", "--mosaic-encode", "off", "--mosaic-host-gb", "0.25"),
+            *("--mosaic-restart-s", "0.2", "--mosaic-audit", "20"),
+        ),
+        jitter=True,
     ),
     # The smallest pool that the refusal of a smaller one names (test_server_errors.py).
     "smallest": Launch("sglang_mosaic.launch_server", (*COMMON, "--mosaic-kv-mib", "36.6", "--mosaic-audit")),
@@ -179,6 +196,7 @@ class Servers:
         self._starts = 0
         self._alive: dict[str, Server] = {}  # last used last
         self.launches = dict(LAUNCHES)
+        self.jitter = log_dir / "jitter"
 
     def __getitem__(self, name: str) -> Server:
         if name in self._alive:
@@ -190,7 +208,10 @@ class Servers:
         launch, port = self.launches[name], free_port(HOST)
         url = f"http://{HOST}:{port}"
         address = ("--model-path", str(self._model), "--port", str(port))
-        argv = python("-m", launch.module, *launch.flags, *address, **launch.environment)
+        environment = dict(launch.environment)
+        if launch.jitter:
+            environment.update(PYTHONPATH=str(JITTER_PLUGIN), MOSAIC_JITTER=str(self.jitter))
+        argv = python("-m", launch.module, *launch.flags, *address, **environment)
         process = ServerProcess(argv, url, self._log_dir / f"{self._starts}-{name}.log", health_timeout_s=300)
         process.__enter__()
         self._alive[name] = Server(name, process, launch.headers)

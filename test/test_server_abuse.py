@@ -6,6 +6,7 @@ import pytest
 
 from answers import Answer, largest_drift, wrong_answers
 from benchmark.common.text import make_text
+from benchmark.soak.faults import pauses
 from benchmark.soak.rude_clients import Abuse, plan
 from real_server import Server, Servers
 
@@ -30,6 +31,16 @@ def ask_probes(server: Server) -> dict[str, Answer]:
     return {f"{n}-tokens": server.generate(make_text(n, f"probe {n}"), 8) for n in PROBE_TOKENS}
 
 
+def test_pauses_after_publications_change_no_bit(servers: Servers) -> None:
+    server = servers["seal"]
+    calibrate(server)
+    before = ask_probes(server)
+    with pauses(servers.jitter):
+        held_up = ask_probes(server)
+    assert held_up == before
+    assert server.stats()["pages_encoded"] > 30
+
+
 @pytest.mark.parametrize(
     ("name", "requests", "seed", "small_pool"),
     [("seal", 120, 1, False), ("pressure", 180, 2, True)],
@@ -44,7 +55,8 @@ def test_aborts_disconnects_and_retries(
     stats_before, evicted_before = server.stats(), server.metric("evicted_tokens_total")
 
     abuse = Abuse(server.url)
-    abuse.run(plan(requests, seed), CLIENTS)
+    with pauses(servers.jitter):
+        abuse.run(plan(requests, seed), CLIENTS)
     stats = server.wait_for_audit(stats_before["audits"])
     evicted = server.metric("evicted_tokens_total") - evicted_before
     retracted = server.metric("num_retracted_requests_total")
