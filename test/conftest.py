@@ -26,6 +26,7 @@ SERVER_FILES = (
 )
 
 
+@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the marks in a hook of this name, too
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: SERVER_FILES.index(item.path.name) + 1 if item.path.name in SERVER_FILES else 0)
     for item in items:
