@@ -7,7 +7,7 @@ export VENV PYTHON HOST PORT MODEL
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help install model serve test test-gpu lint type docs-check clean
+.PHONY: help install model serve test test-gpu soak lint type docs-check clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -27,6 +27,9 @@ test: install model ## run the whole test suite; PYTEST_ARGS="-k name"
 test-gpu: install ## run the tests that have something to do there on this machine's GPU
 	@$(PY) -c 'import sys, torch; torch.cuda.is_available() or sys.exit("make test-gpu: torch sees no CUDA device")'
 	@$(PY) -m pytest test/test_kernels_*.py test/test_decode_attention.py test/test_host_*.py $(PYTEST_ARGS)
+
+soak: install model ## 20 minutes of load and faults; writes soak.json and soak.png; ARGS="--minutes 2"
+	@$(PY) benchmark/soak/run.py --json soak.json --png soak.png $(ARGS)
 
 lint: install ## check the code with ruff
 	@$(PY) -m ruff check .

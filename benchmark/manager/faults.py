@@ -3,8 +3,9 @@
     python benchmark/manager/faults.py --json faults.json
 
 Nothing is compressed (--mosaic-encode off --mosaic-host-gb), so that restored pages are the bytes that were evicted and
-every answer must have the tokens of a server that was left alone. A first difference at a near-tie (the two best
-log-probabilities less than .01 apart) is listed and not counted: bf16 decides it, also without faults.
+every answer must have the tokens of a server that was left alone. The model computes in 32 bits: in bf16 the last digit
+of a logit, up to .125, hangs on which part of a prompt is computed in one piece, also without faults. A first
+difference at a near-tie (the two best log-probabilities less than .01 apart) is listed and not counted.
 
 1. Each prompt is asked for twice, with the others' pages in the cache and with an empty one: these are the answers.
 2. The manager is killed (SIGKILL) at --kills random moments, then stopped (SIGSTOP) for --stop-s seconds, while clients
@@ -44,7 +45,7 @@ from benchmark.manager.own_server import make_server, statistics
 from benchmark.manager.saboteur import kill_managers, manager_of, stop_manager, wait_for, wait_for_work
 
 SERVER_ARGS = (
-    "--device cpu --dtype bfloat16 --mem-fraction-static 0.1 --max-running-requests 2 --chunked-prefill-size 256 "
+    "--device cpu --dtype float32 --mem-fraction-static 0.1 --max-running-requests 2 --chunked-prefill-size 256 "
     "--skip-server-warmup --sleep-on-idle --max-total-tokens 1024 --mosaic-host-gb 1 --mosaic-restart-s 0.2"
 )
 
