@@ -21,6 +21,7 @@ SERVER_FILES = (
     "test_server_faults.py",
     "test_server_sight.py",
     "test_server_tenants.py",
+    "test_server_tensor_parallel.py",
     "test_server_dropin.py",
     "test_server_errors.py",
 )

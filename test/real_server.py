@@ -52,6 +52,8 @@ class Launch:
     environment: dict[str, str] = dataclasses.field(default_factory=dict)
     jitter: bool = False
     """Loads the plugin that makes it pause while `Servers.jitter` is there (benchmark/soak/jitter)."""
+    model: Path | None = None
+    """Checkpoint folder, None: that of the embedded default model."""
 
     @property
     def headers(self) -> dict[str, str]:
@@ -207,7 +209,7 @@ class Servers:
         self._starts += 1
         launch, port = self.launches[name], free_port(HOST)
         url = f"http://{HOST}:{port}"
-        address = ("--model-path", str(self._model), "--port", str(port))
+        address = ("--model-path", str(launch.model or self._model), "--port", str(port))
         environment = dict(launch.environment)
         if launch.jitter:
             environment.update(PYTHONPATH=str(JITTER_PLUGIN), MOSAIC_JITTER=str(self.jitter))

@@ -6,8 +6,10 @@ import re
 from pathlib import Path
 
 _TROUBLE = re.compile(r"Traceback|[A-Z]\w*(?:Error|Exception)\b|\bERROR\b|\bleak|invariant|violat", re.IGNORECASE)
-# SGLang's settings, optional parts of it that are not installed, and clients that hung up.
-_HARMLESS = re.compile(r"server_args=|No module named|disconnected from the client side")
+# SGLang's settings, optional parts of it that are not installed, clients that hung up, and ranks that share a node.
+_HARMLESS = re.compile(
+    r"server_args=|No module named|disconnected from the client side|is larger than numa node number"
+)
 LINE = 300
 """Characters of a line that are told."""
 
