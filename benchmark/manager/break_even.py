@@ -26,11 +26,11 @@ from tokenizers import Tokenizer
 from benchmark.codec.rate_distortion import embedded_model
 from benchmark.common.errors import BenchmarkError
 from benchmark.common.options import integer
-from benchmark.common.report import COLOURS, environment, new_figure, public_command, write_json, write_png
+from benchmark.common.report import COLOURS, new_figure, write_png
 from benchmark.common.sglang_http import TokenClient
 from benchmark.common.stats import format_table, percentile
 from benchmark.common.text import make_text
-from benchmark.manager.own_server import make_server, statistics
+from benchmark.manager.own_server import make_server, statistics, write_report
 from benchmark.manager.saboteur import wait_for
 
 PAGE = 64
@@ -152,17 +152,8 @@ def main(argv: list[str] | None = None) -> int:
     least = break_even(rows)
     print(format_table(COLUMNS, [[row[name] for name in COLUMNS] for row in rows]))
     print(f"restoring is faster from {least} tokens on" if least else "restoring is faster at no length")
-    if args.json:
-        plain = {key: value for key, value in vars(args).items() if key not in ("json", "png", "model_path")}
-        report = {
-            "benchmark": "break_even",
-            "environment": {**environment(), "load_average_at_start": load, "load_average_at_end": os.getloadavg()},
-            "arguments": {**plain, "server_args": public_command([args.server_args])[0]},
-            "rows": rows,
-            "break_even_tokens": least,
-            "host": {name: host[name] for name in ("offered", "dropped", "restored", "missed")},
-        }
-        write_json(args.json, report)
+    counters = {name: host[name] for name in ("offered", "dropped", "restored", "missed")}
+    write_report("break_even", args, load, rows=rows, break_even_tokens=least, host=counters)
     if args.png:
         write_png(args.png, draw(rows))
     lost = [row for row in rows if row["restored_share"] < 0.99]

@@ -26,10 +26,9 @@ import requests
 
 from benchmark.common.errors import BenchmarkError
 from benchmark.common.options import integer
-from benchmark.common.report import environment, public_command, write_json
 from benchmark.common.stats import format_table, percentile
 from benchmark.common.text import make_text
-from benchmark.manager.own_server import make_server
+from benchmark.manager.own_server import make_server, write_report
 from benchmark.manager.saturated import SaturatedManager
 
 SERVER_ARGS = (
@@ -121,15 +120,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"decode_latency: {error}", file=sys.stderr)
         return 2
     print(format_table(COLUMNS, [[row[name] for name in COLUMNS] for row in rows]))
-    if args.json:
-        plain = {key: value for key, value in vars(args).items() if key not in ("json", "model_path")}
-        report = {
-            "benchmark": "decode_latency",
-            "environment": {**environment(), "load_average_at_start": load, "load_average_at_end": os.getloadavg()},
-            "arguments": {**plain, "server_args": public_command([args.server_args])[0]},
-            "rows": rows,
-        }
-        write_json(args.json, report)
+    write_report("decode_latency", args, load, rows=rows)
     return 0
 
 

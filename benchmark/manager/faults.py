@@ -37,11 +37,10 @@ from benchmark.common import sglang_http
 from benchmark.common.errors import BenchmarkError
 from benchmark.common.leftovers import shared_memory_files
 from benchmark.common.options import integer, number
-from benchmark.common.report import environment, public_command, write_json
 from benchmark.common.server import ServerProcess
 from benchmark.common.server_log import trouble
 from benchmark.manager.fault_load import Expected, Load, answers, shared_prefix_prompts
-from benchmark.manager.own_server import make_server, statistics
+from benchmark.manager.own_server import make_server, statistics, write_report
 from benchmark.manager.saboteur import kill_managers, manager_of, stop_manager, wait_for, wait_for_work
 
 SERVER_ARGS = (
@@ -273,17 +272,7 @@ def main(argv: list[str] | None = None) -> int:
     print(describe(result))
     for failure in failed:
         print(f"FAILED: {failure}", file=sys.stderr)
-    if args.json:
-        plain = {key: value for key, value in vars(args).items() if key not in ("json", "model_path")}
-        report = {
-            "benchmark": "faults",
-            "environment": {**environment(), "load_average_at_start": load},
-            "arguments": {**plain, "server_args": public_command([args.server_args])[0]},
-            "gate": {"passed": not failed, "failures": failed},
-            **result,
-        }
-        write_json(args.json, report)
-        print(f"wrote {args.json}")
+    write_report("faults", args, load, gate={"passed": not failed, "failures": failed}, **result)
     return 1 if failed else 0
 
 

@@ -22,7 +22,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # for `import benc
 
 from benchmark.common.errors import BenchmarkError
 from benchmark.common.options import integer, number
-from benchmark.common.report import environment, public_command, write_json, write_png
+from benchmark.common.report import write_png
+from benchmark.manager.own_server import write_report
 from benchmark.soak.soak import Soak
 from benchmark.soak.verdict import describe, draw, failures
 
@@ -65,17 +66,7 @@ def main(argv: list[str] | None = None) -> int:
     print(describe(result))
     for failure in failed:
         print(f"FAILED: {failure}", file=sys.stderr)
-    if args.json:
-        plain = {key: value for key, value in vars(args).items() if key not in ("json", "png", "model_path")}
-        report = {
-            "benchmark": "soak",
-            "environment": {**environment(), "load_average_at_start": load},
-            "arguments": {**plain, "server_args": public_command([args.server_args])[0]},
-            "gate": {"passed": not failed, "failures": failed},
-            **result,
-        }
-        write_json(args.json, report)
-        print(f"wrote {args.json}")
+    write_report("soak", args, load, gate={"passed": not failed, "failures": failed}, **result)
     if args.png:
         write_png(args.png, draw(result))
         print(f"wrote {args.png}")
