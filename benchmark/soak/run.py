@@ -30,7 +30,8 @@ from benchmark.soak.verdict import describe, draw, failures
 SERVER_ARGS = (
     "--device cpu --dtype bfloat16 --mem-fraction-static 0.1 --max-running-requests 8 --chunked-prefill-size 512 "
     "--skip-server-warmup --sleep-on-idle --enable-metrics --mosaic-kv-mib 57 --mosaic-refresh-pages 0 "
-    "--mosaic-audit 20 --mosaic-host-gb 0.02 --mosaic-disk-gb 0.05 --mosaic-restart-s 0.5"
+    "--mosaic-audit 20 --mosaic-host-gb 0.02 --mosaic-disk-gb 0.05 --mosaic-restart-s 0.5 "
+    "--mosaic-host-max-error 0.1 --mosaic-cold-max-error 0.2"
 )
 
 

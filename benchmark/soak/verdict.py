@@ -62,8 +62,9 @@ def describe(result: dict[str, Any]) -> str:
             f"requests: {result['requests']}, {len(result['wrong'])} wrong; {result['retracted']:.0f} retractions, "
             f"{result['evicted_tokens']:.0f} tokens evicted, {host['restored']} pages restored, "
             f"{result['stats']['pages_encoded']} compressed, {result['stats']['step_audits']} audits under load",
-            f"host store: {host['manager'].get('evicted', 0)} records had to go, disk: "
-            f"{host['manager'].get('disk_records', 0)} records",
+            "of the last manager: "
+            + ", ".join(f"{name} {host['manager'].get(name, 0)}" for name in ("evicted", "recompressed", "transformed"))
+            + f"; {host['manager'].get('disk_records', 0)} records on disk",
         ]
     )
 
