@@ -22,7 +22,7 @@ serve: install ## serve on 127.0.0.1:30000; HOST=, PORT=, MODEL=, ARGS="--more -
 	@scripts/serve.sh $(ARGS)
 
 test: install model ## run the whole test suite; PYTEST_ARGS="-k name"
-	@OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadgroup $(PYTEST_ARGS)
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadscope --no-loadscope-reorder $(PYTEST_ARGS)
 
 test-gpu: install ## run the tests that have something to do there on this machine's GPU
 	@$(PY) -c 'import sys, torch; torch.cuda.is_available() or sys.exit("make test-gpu: torch sees no CUDA device")'

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -27,13 +28,23 @@ SERVER_FILES = (
 )
 
 
-@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the marks in a hook of this name, too
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: SERVER_FILES.index(item.path.name) + 1 if item.path.name in SERVER_FILES else 0)
-    for item in items:
-        if item.path.name in SERVER_FILES:
-            # One worker has all the servers (`make test` runs two), the other one the rest.
-            item.add_marker(pytest.mark.xdist_group("servers"))
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    # Tests of servers come last, and first where another worker has the rest meanwhile.
+    others = len(SERVER_FILES) if hasattr(config, "workerinput") else -1
+    items.sort(key=lambda item: SERVER_FILES.index(item.path.name) if item.path.name in SERVER_FILES else others)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """One worker has all the servers; of the other tests each file has one."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ServersTogether(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.split("::")[0].rpartition("/")[2]
+            return "servers" if file in SERVER_FILES else file
+
+    return ServersTogether(config, log)
 
 
 @pytest.fixture(scope="session")
