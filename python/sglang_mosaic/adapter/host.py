@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mosaic_kernels.segment import REVISION
+from sglang_mosaic.adapter import compat
 from sglang_mosaic.adapter.arguments import selects_mosaic
 from sglang_mosaic.adapter.restoring import RestoringPays
 from sglang_mosaic.adapter.rope import RopeOfModel, rope_of
@@ -103,7 +104,7 @@ def identity(scheduler: Any, memory: PageMemory) -> bytes:
 
     Servers with the same identity read each other's pages. What cannot be told apart gets one of its own.
     """
-    args, model = scheduler.server_args, scheduler.model_config
+    args, model = compat.resolved(scheduler.server_args), scheduler.model_config
     fields = (
         "dtype",
         "quantization",
@@ -153,10 +154,10 @@ def before_next_batch(self: Any, *args: Any, **kwargs: Any) -> None:
         tier.poll()
 
 
-def around_prefetch(original, self, req):
+def around_prefetch(original, self, req, *args):
     """A request enters the queue."""
     if tier_of(self) is None:
-        original(self, req)
+        original(self, req, *args)
     else:
         self.tree_cache.begin_restore(req)
 
