@@ -100,7 +100,9 @@ LAUNCHES = {
 
 _TROUBLE = re.compile(r"Traceback|[A-Z]\w*(?:Error|Exception)\b|\bERROR\b|\bleak|invariant|violat", re.IGNORECASE)
 # SGLang's settings, optional parts of it that are not installed, and clients that hung up.
-_HARMLESS = re.compile(r"server_args=|No module named|disconnected from the client side")
+_HARMLESS = re.compile(
+    r"server_args=|No module named|Ignore import error when loading|disconnected from the client side"
+)
 
 
 class Server:

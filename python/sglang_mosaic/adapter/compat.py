@@ -95,6 +95,10 @@ def attention_replicas(server_args: Any) -> int:
 
 # Requests and the prefix tree.
 
+IDENTITY = {"sglang": _LATER} if _IS_LATER else {}
+"""Of pages that servers share by --mosaic-disk: no version reads what another one computed."""
+
+
 
 def log_tree() -> None:
     """Say at start-up which prefix tree serves, where it is not SGLang's default."""

@@ -104,6 +104,8 @@ def identity(scheduler: Any, memory: PageMemory) -> bytes:
 
     Servers with the same identity read each other's pages. What cannot be told apart gets one of its own.
     """
+    from sglang.srt.runtime_context import get_parallel
+
     args, model = compat.resolved(scheduler.server_args), scheduler.model_config
     fields = (
         "dtype",
@@ -115,8 +117,9 @@ def identity(scheduler: Any, memory: PageMemory) -> bytes:
         "moe_dp_size",
     )
     told = {name: repr(getattr(args, name, None)) for name in fields}
+    told |= compat.IDENTITY
     told["weights"] = _weights(args, model)
-    told["rank"] = repr(scheduler.ps.tp_rank)
+    told["rank"] = repr(get_parallel().tp_rank)
     # Where nothing is compressed, nothing that was may come back.
     told["exact"] = repr(not memory.config.compresses)
     told["codec"] = repr((REVISION, dataclasses.astuple(memory.plan.frame_bytes)))
