@@ -1,5 +1,7 @@
-"""What every supported SGLang must do with real servers, in a few minutes. The other tests of servers go further, with the
-first version."""
+"""What every supported SGLang must do with real servers, in a few minutes.
+
+The other tests of servers go further, with the first version.
+"""
 
 from __future__ import annotations
 
@@ -65,13 +67,13 @@ def test_a_shared_prefix_is_compressed_under_pressure_and_still_shared(
     audits = pressure_server.stats()["audits"]
     found = [pressure_server.generate(prefix + own, 4) for own in others]
     # Running requests take the dense frames that are left.
-    with ThreadPoolExecutor(4) as clients:
-        crowd = list(clients.map(lambda i: pressure_server.generate(ids[i : i + 150], 40), range(300, 700, 100)))
-    assert [len(answer.tokens) for answer in crowd] == [40] * 4
+    with ThreadPoolExecutor(5) as clients:
+        crowd = list(clients.map(lambda i: pressure_server.generate(ids[i : i + 200], 40), range(300, 800, 100)))
+    assert [len(answer.tokens) for answer in crowd] == [40] * 5
     found.append(pressure_server.generate(prefix + others[0], 4))
     stats = pressure_server.wait_for_audit(audits)
     assert stats["pages_encoded"] > 0 and stats["mosaic_frames_used"] > 0 and stats["step_audits"] > 0, stats
-    assert [answer.cached_tokens for answer in found] == [0, 896, 896 + 0]
+    assert [answer.cached_tokens for answer in found] == [0, 896, 896]
     for compressed, full in zip(found, [*exact, exact[0]], strict=True):
         assert compressed.tokens[0] == full.tokens[0] or full.gaps[0] < 0.5, (compressed, full)
         assert compressed.tokens[0] != full.tokens[0] or abs(compressed.logprobs[0] - full.logprobs[0]) < 0.5

@@ -61,7 +61,7 @@ def calibrate(text: Path, output: Path, tokens: int, passages: int, server_flags
     if not output.resolve().parent.is_dir():
         raise ConfigError(f"--output {output}: there is no such folder; create it or name another.")
     server_args = _resolve(server_flags, output, pages * passages)
-    prompts = _prompts(text, compat.resolved(server_args), pages * PAGE_SIZE, passages)
+    prompts = _prompts(text, server_args, pages * PAGE_SIZE, passages)
     before = _written(output)
     _prefill(server_args, prompts, pages * passages)
     if _written(output) == before:
@@ -96,6 +96,7 @@ def _prompts(text: Path, server_args: Any, length: int, passages: int) -> list[l
 
     from sglang_mosaic.adapter import compat
 
+    server_args = compat.resolved(server_args)
     longest = compat.model_config(server_args).context_len - 2
     if length > longest:
         raise ConfigError(

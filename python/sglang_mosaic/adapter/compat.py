@@ -26,20 +26,13 @@ _IS_LATER = sglang_version() == _LATER
 RESOLUTION = "resolve_once" if _IS_LATER else "__post_init__"
 """Method of ServerArgs that turns given arguments into resolved ones."""
 
-REFUSED_FLAGS: tuple[tuple[str, Any, str, str], ...] = (
-    (
-        ("enable_kv_cache_sharding", False, "--enable-kv-cache-sharding", "it spreads pages over ranks by physical row"),
-        (
-            "enable_unified_cache_external_linker",
-            False,
-            "--enable-unified-cache-external-linker",
-            "it copies KV by physical row",
-        ),
-    )
-    if _IS_LATER
-    else ()
+_SHARDING = "enable_kv_cache_sharding", False, "--enable-kv-cache-sharding", "it has a pool of its own"
+_LINKER = (
+    *("enable_unified_cache_external_linker", False, "--enable-unified-cache-external-linker"),
+    "it copies KV by physical row",
 )
-"""Flags that this version has beside those of refusals.py, in its form."""
+REFUSED_FLAGS = (_SHARDING, _LINKER) if _IS_LATER else ()
+"""Flags that this version has besides those of refusals.py, in its form."""
 
 
 def unsupported_device(plain_cpu: bool) -> str | None:
@@ -62,9 +55,9 @@ def resolved(server_args: Any) -> Any:
     """What can be read like ServerArgs and has the resolved values, as far as there are any yet."""
     if not _IS_LATER:
         return server_args
-    from sglang.srt.arg_groups.model_override_base import ResolvedView, resolved_view
+    from sglang.srt.arg_groups.model_override_base import ResolvingConfig, resolving_view
 
-    return server_args if isinstance(server_args, ResolvedView) else resolved_view(server_args)
+    return server_args if isinstance(server_args, ResolvingConfig) else resolving_view(server_args)
 
 
 def parse(argv: list[str]) -> Any:
@@ -97,7 +90,6 @@ def attention_replicas(server_args: Any) -> int:
 
 IDENTITY = {"sglang": _LATER} if _IS_LATER else {}
 """Of pages that servers share by --mosaic-disk: no version reads what another one computed."""
-
 
 
 def log_tree() -> None:
