@@ -23,6 +23,7 @@ from sglang.srt.server_args import ServerArgs  # noqa: E402
 from sglang_mosaic.adapter import arguments, compat, versions  # noqa: E402
 from sglang_mosaic.adapter.compat import Tenant  # noqa: E402
 from sglang_mosaic.adapter.cpu_platform import is_active  # noqa: E402
+from sglang_mosaic.adapter.radix_cache import MosaicRadixCache  # noqa: E402
 from sglang_mosaic.adapter.tenants import before_request  # noqa: E402
 
 
@@ -66,6 +67,15 @@ def test_a_request_tells_its_place_and_its_tenant():
     tenant = Tenant.of(request)
     assert tenant == Tenant("tenant", salts.get("cache_salt")) and tenant.is_named
     assert Tenant.of(tenant.key(array("q", range(64)))) == tenant
+
+
+def test_pages_of_tenants_have_keys_of_their_own_on_the_host():
+    tree = MosaicRadixCache.__new__(MosaicRadixCache)
+    tree.root_node, tree._root_key = object(), b"root"
+    names = (None, "a", "b")
+    tenants = [Tenant(extra_key, salt) for extra_key in names for salt in names]
+    keys = {tree._keys_below(tree.root_node, array("q", range(64)), tenant)[0] for tenant in tenants}
+    assert len(keys) == len(tenants)
 
 
 def test_slots_of_a_match_are_those_inserted():

@@ -26,12 +26,11 @@ _IS_LATER = sglang_version() == _LATER
 RESOLUTION = "resolve_once" if _IS_LATER else "__post_init__"
 """Method of ServerArgs that turns given arguments into resolved ones."""
 
-_SHARDING = "enable_kv_cache_sharding", False, "--enable-kv-cache-sharding", "it has a pool of its own"
-_LINKER = (
-    *("enable_unified_cache_external_linker", False, "--enable-unified-cache-external-linker"),
-    "it copies KV by physical row",
+_NEW_FLAGS = (
+    ("enable_kv_cache_sharding", False, "--enable-kv-cache-sharding", "it has a pool of its own"),
+    ("enable_unified_cache_external_linker", False, "--enable-unified-cache-external-linker", "it copies KV by row"),
 )
-REFUSED_FLAGS = (_SHARDING, _LINKER) if _IS_LATER else ()
+REFUSED_FLAGS = _NEW_FLAGS if _IS_LATER else ()
 """Flags that this version has besides those of refusals.py, in its form."""
 
 
@@ -133,7 +132,7 @@ class Tenant:
     @classmethod
     def of(cls, owner: Any) -> Tenant:
         """Of a request or a RadixKey."""
-        return cls(owner.extra_key, owner.cache_salt if _IS_LATER else None)
+        return cls(owner.extra_key, (owner.cache_salt or None) if _IS_LATER else None)
 
     @property
     def is_named(self) -> bool:
