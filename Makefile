@@ -1,10 +1,14 @@
-# VENV, PYTHON, HOST, PORT and MODEL are explained in scripts/install_cpu.sh and scripts/serve.sh.
-VENV ?= $(CURDIR)/.venv
+# SGLANG, VENV, PYTHON, HOST, PORT and MODEL are explained in scripts/install_cpu.sh and scripts/serve.sh.
+SGLANG ?= 0.5.17
+VENV ?= $(CURDIR)/.venv$(patsubst %,-%,$(filter-out 0.5.17,$(SGLANG)))
 # Without a virtual environment the project was installed into an existing GPU installation.
 PY = $(shell [ -x $(VENV)/bin/python ] && echo $(VENV)/bin/python || echo $(or $(PYTHON),python3))
-export VENV PYTHON HOST PORT MODEL
+export SGLANG VENV PYTHON HOST PORT MODEL
 # It would have every server process compile the whole of SGLang anew, which triples its start.
 unexport PYTHONDONTWRITEBYTECODE
+
+# With 0.5.17 all tests run; with a further version those of the adapter, and the shortest ones of real servers.
+TESTS_0.5.23 = test/test_compat.py test/test_hooks.py test/test_refusals.py test/test_server_smoke.py
 
 .DEFAULT_GOAL := help
 .PHONY: help install model serve test test-gpu soak lint type docs-check clean
@@ -12,7 +16,7 @@ unexport PYTHONDONTWRITEBYTECODE
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-install: ## install the server and this project into .venv (or VENV=DIR); quick when there is nothing to do
+install: ## install the server and this project into .venv (or VENV=DIR); SGLANG=0.5.23: that version, beside it
 	@scripts/install_cpu.sh
 
 model: install ## fetch and convert the default model into the user's cache; prints its path
@@ -21,8 +25,8 @@ model: install ## fetch and convert the default model into the user's cache; pri
 serve: install ## serve on 127.0.0.1:30000; HOST=, PORT=, MODEL=, ARGS="--more --flags"
 	@scripts/serve.sh $(ARGS)
 
-test: install model ## run the whole test suite; PYTEST_ARGS="-k name"
-	@OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadscope --no-loadscope-reorder $(PYTEST_ARGS)
+test: install model ## run the whole test suite, with SGLANG=0.5.23 a short one; PYTEST_ARGS="-k name"
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadscope --no-loadscope-reorder $(TESTS_$(SGLANG)) $(PYTEST_ARGS)
 
 test-gpu: install ## run the tests that have something to do there on this machine's GPU
 	@$(PY) -c 'import sys, torch; torch.cuda.is_available() or sys.exit("make test-gpu: torch sees no CUDA device")'

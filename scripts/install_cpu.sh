@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# Installs sglang_mosaic and the SGLang 0.5.17 server for a machine without a GPU into a virtual environment.
+# Installs sglang_mosaic and the SGLang server for a machine without a GPU into a virtual environment.
 #
-#   VENV    the virtual environment (default: .venv in the repository)
+#   SGLANG  0.5.17 (default) or 0.5.23
+#   VENV    the virtual environment (default: .venv in the repository, .venv-0.5.23 for that version)
 #   PYTHON  the Python to build it with, 3.10 or newer (default: python3.11, else python3)
 #
 # pip's own settings (PIP_INDEX_URL, PIP_FIND_LINKS, pip.conf) hold here too: where they offer a CPU build of torch,
@@ -12,7 +13,8 @@
 set -euo pipefail
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-VENV=${VENV:-$ROOT/.venv}
+SGLANG=${SGLANG:-0.5.17}
+VENV=${VENV:-$ROOT/.venv$([[ $SGLANG == 0.5.17 ]] || echo "-$SGLANG")}
 [[ $VENV == /* ]] || VENV=$PWD/$VENV
 STAMP=$VENV/.mosaic-installed
 UNFINISHED=$VENV/.mosaic-installing
@@ -22,8 +24,10 @@ say() { printf '%s\n' "$*" >&2; }
 fail() { say "install_cpu.sh: $*"; exit 1; }
 
 cd "$ROOT"
+NODEPS=requirements/cpu-nodeps-$SGLANG.txt
+[[ -f $NODEPS ]] || fail "SGLANG=$SGLANG is not served: set it to 0.5.17 or 0.5.23."
 # The editable install points at this checkout, so its path is part of what was installed.
-wanted=$({ echo "$ROOT"; cat requirements/*.txt pyproject.toml scripts/install_cpu.sh; } | sha256sum)
+wanted=$({ echo "$ROOT $SGLANG"; cat requirements/*.txt pyproject.toml scripts/install_cpu.sh; } | sha256sum)
 
 if [[ -x $VENV/bin/python && -f $STAMP && $(<"$STAMP") == "$wanted" ]]; then
     say "$VENV is up to date"
@@ -36,7 +40,7 @@ has_gpu_install() {
 import torch; assert torch.cuda.is_available()' 2>/dev/null
 }
 host_python=${PYTHON:-python3}
-if [[ ! -e $VENV ]] && has_gpu_install "$host_python"; then
+if [[ ! -e $VENV && $SGLANG == 0.5.17 ]] && has_gpu_install "$host_python"; then
     say "$host_python has SGLang 0.5.17 and a GPU: installing into it, no virtual environment is needed"
     "$host_python" -m pip install -r requirements/test.txt gguf accelerate
     exec "$host_python" -m pip install --no-deps -e .
@@ -95,7 +99,7 @@ step() {
     fail "pip failed (its message is above). Nothing is half installed: correct it and run this again."
 }
 step "[2/5] $TORCH" "$TORCH"
-step "[3/5] SGLang 0.5.17 without its CUDA dependencies" --no-deps -r requirements/cpu-nodeps.txt
+step "[3/5] SGLang $SGLANG without its CUDA dependencies" --no-deps -r "$NODEPS"
 say "pip is about to report conflicts with the CUDA packages that SGLang declares: they are left out on purpose."
 step "[4/5] what it imports on a CPU" -r requirements/cpu.txt
 step "[5/5] sglang_mosaic, editable" --no-deps --no-build-isolation -e .

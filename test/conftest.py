@@ -13,6 +13,7 @@ from real_server import Server, Servers
 
 # The order that needs the fewest starts of servers; other tests come first.
 SERVER_FILES = (
+    "test_server_smoke.py",
     "test_server_identity.py",
     "test_server_shared_prefix.py",
     "test_server_calibrated.py",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -27,14 +28,15 @@ def test_every_hook_takes_and_a_lost_one_ends_the_process(monkeypatch):
     hooks.verify()
     lost = hooks.table()[0].target
     monkeypatch.setattr(HookRegistry, "_patched", HookRegistry._patched - {lost})
-    with pytest.raises(SystemExit, match=rf"could not hook into SGLang 0\.5\.17 at {lost} \(supported: 0\.5\.17\)"):
+    found, supported = versions.sglang_version(), ", ".join(versions.SUPPORTED)
+    with pytest.raises(SystemExit, match=re.escape(f"hook into SGLang {found} at {lost} (supported: {supported})")):
         hooks.verify()
 
 
 def test_another_version_is_refused_by_name(monkeypatch):
     assert versions.unsupported_version() is None
     monkeypatch.setattr(versions, "sglang_version", lambda: "0.5.99")
-    assert "supports SGLang 0.5.17, but SGLang 0.5.99 was found" in versions.unsupported_version()
+    assert "supports SGLang 0.5.17, 0.5.23, but SGLang 0.5.99 was found" in versions.unsupported_version()
     monkeypatch.setattr(versions, "sglang_version", lambda: None)
     assert "is not installed: pip install sglang==0.5.17" in versions.unsupported_version()
 

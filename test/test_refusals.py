@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from types import SimpleNamespace
 
 import pytest
@@ -16,7 +15,7 @@ from sglang.srt.server_args import ServerArgs  # noqa: E402
 from sglang_mosaic.adapter import refusals  # noqa: E402
 from sglang_mosaic.config import MosaicConfig  # noqa: E402
 
-DEFAULTS = {field.name: field.default for field in dataclasses.fields(ServerArgs)}
+DEFAULTS = {name: getattr(ServerArgs(model_path="dummy"), name) for name in ServerArgs.__annotations__}
 
 
 def arguments(**changes) -> SimpleNamespace:

@@ -77,15 +77,15 @@ def _resolve(server_flags: list[str], output: Path, pages: int) -> Any:
 
     declare_missing_operators()
     from sglang.srt.plugins import load_plugins
-    from sglang.srt.server_args import prepare_server_args
 
+    from sglang_mosaic.adapter import compat
     from sglang_mosaic.launch_server import with_mosaic_backends
 
     load_plugins()
     # The last one wins: nothing is compressed until all pages have been seen, and then only calibrated.
     ours = ["--mosaic-encode", "seal", "--mosaic-calibration-pages", str(pages), "--mosaic-dense-fraction", "1"]
     ours += ["--mosaic-save-calibration", str(output.resolve()), "--log-level", "error"]
-    server_args = prepare_server_args(with_mosaic_backends([*server_flags, *ours]))
+    server_args = compat.parse(with_mosaic_backends([*server_flags, *ours]))
     if MosaicConfig.load().calibration is not None:
         raise ConfigError("--mosaic-calibration: this command makes one; leave the flag out.")
     return server_args
@@ -94,7 +94,10 @@ def _resolve(server_flags: list[str], output: Path, pages: int) -> Any:
 def _prompts(text: Path, server_args: Any, length: int, passages: int) -> list[list[int]]:
     from transformers import AutoTokenizer
 
-    longest = server_args.get_model_config().context_len - 2
+    from sglang_mosaic.adapter import compat
+
+    server_args = compat.resolved(server_args)
+    longest = compat.model_config(server_args).context_len - 2
     if length > longest:
         raise ConfigError(
             f"--passages {passages}: passages of {length} tokens, but the model holds {longest}; ask for more passages."

@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
-from sglang_mosaic.adapter import refusals
+from sglang_mosaic.adapter import compat, refusals
 from sglang_mosaic.adapter.plugin import ATTENTION_BACKEND, RADIX_CACHE_BACKEND
+from sglang_mosaic.adapter.versions import SUPPORTED
 from sglang_mosaic.config import CODECS, ENCODE_POLICIES, MosaicConfig
 from sglang_mosaic.errors import ConfigError
 from sglang_mosaic.page import PAGE_SIZE
@@ -17,7 +18,7 @@ from sglang_mosaic.page import PAGE_SIZE
 
 def selects_mosaic(server_args: Any) -> bool:
     """Whether these ServerArgs serve from the mosaic cache."""
-    return server_args.attention_backend == ATTENTION_BACKEND
+    return compat.resolved(server_args).attention_backend == ATTENTION_BACKEND
 
 
 def add_mosaic_group(parser: argparse.ArgumentParser) -> None:
@@ -219,15 +220,20 @@ def before_from_cli_args(cls: type, args: argparse.Namespace) -> None:
         raise SystemExit(f"sglang_mosaic: {error}") from error
 
 
-def around_post_init(original, self) -> None:
+def around_resolution(original, self) -> None:
     """Fill in what the mosaic backend needs, and refuse what it cannot serve."""
+    if compat.is_resolved(self):
+        return
     if self.attention_backend != ATTENTION_BACKEND:
         original(self)
         refusals.refuse_half_selection(self)
         return
-    from sglang_mosaic.adapter import hooks, sizing
+    from sglang_mosaic.adapter import cpu_platform, hooks, sizing
 
     hooks.verify()
+    why = compat.unsupported_device(cpu_platform.is_active())
+    if why is not None:
+        refusals.refuse(why, f"install SGLang {SUPPORTED[0]}, or choose another --attention-backend")
     try:
         config = MosaicConfig.load()
     except ConfigError as error:
@@ -244,5 +250,5 @@ def around_post_init(original, self) -> None:
     if config.codec != "planes" or not torch.cuda.is_available():
         self.disable_cuda_graph = True
     original(self)
-    refusals.refuse_resolved(self)
-    sizing.refuse_small_pool(self)
+    refusals.refuse_resolved(compat.resolved(self))
+    sizing.refuse_small_pool(compat.resolved(self))

@@ -41,8 +41,10 @@ def create_attention_backend(runner: Any) -> Any:
 
 def create_radix_cache(context: Any) -> Any:
     """Radix cache over logical pages."""
+    from sglang_mosaic.adapter import compat
     from sglang_mosaic.adapter.radix_cache import MosaicRadixCache
 
+    compat.log_tree()
     return MosaicRadixCache(context.params)
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from sglang_mosaic.adapter import compat
 from sglang_mosaic.codec.base import Codec
 from sglang_mosaic.codec.factory import make_codec
 from sglang_mosaic.config import MosaicConfig
@@ -49,8 +50,8 @@ class Geometry:
     @classmethod
     def expected(cls, server_args: Any) -> Geometry:
         """Geometry that resolved ServerArgs lead to, before there is a model."""
-        model = server_args.get_model_config()
-        tensor_parallel = server_args.tp_size // (server_args.dp_size if server_args.enable_dp_attention else 1)
+        model = compat.model_config(server_args)
+        tensor_parallel = server_args.tp_size // compat.attention_replicas(server_args)
         return cls(
             layers=model.num_attention_layers,
             kv_heads=model.get_num_kv_heads(tensor_parallel),

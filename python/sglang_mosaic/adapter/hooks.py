@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-from sglang_mosaic.adapter import arguments, cpu_hooks, host, observe, sizing, tenants
+from sglang_mosaic.adapter import arguments, compat, cpu_hooks, host, observe, sizing, tenants
 from sglang_mosaic.adapter.cpu_platform import is_active as on_plain_cpu
 from sglang_mosaic.adapter.sight import routes
 from sglang_mosaic.adapter.versions import SUPPORTED, sglang_version
@@ -35,7 +35,7 @@ _CHECKER = "sglang.srt.managers.scheduler_components.invariant_checker.Scheduler
 _EVERYWHERE = (
     Hook(f"{_SERVER_ARGS}.add_cli_args", arguments.after_add_cli_args, HookType.AFTER),
     Hook(f"{_SERVER_ARGS}.from_cli_args", arguments.before_from_cli_args, HookType.BEFORE),
-    Hook(f"{_SERVER_ARGS}.__post_init__", arguments.around_post_init, HookType.AROUND),
+    Hook(f"{_SERVER_ARGS}.{compat.RESOLUTION}", arguments.around_resolution, HookType.AROUND),
     Hook(f"{_CONFIGURATOR}.config_from_budget", sizing.around_config_from_budget, HookType.AROUND),
     Hook(f"{_CONFIGURATOR}.resolve_max_num_reqs", sizing.around_resolve_max_num_reqs, HookType.AROUND),
     Hook(f"{_CONFIGURATOR}._build_token_to_kv_pool", sizing.around_build_pool, HookType.AROUND),

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mosaic_kernels.segment import REVISION
+from sglang_mosaic.adapter import compat
 from sglang_mosaic.adapter.arguments import selects_mosaic
 from sglang_mosaic.adapter.restoring import RestoringPays
 from sglang_mosaic.adapter.rope import RopeOfModel, rope_of
@@ -103,7 +104,9 @@ def identity(scheduler: Any, memory: PageMemory) -> bytes:
 
     Servers with the same identity read each other's pages. What cannot be told apart gets one of its own.
     """
-    args, model = scheduler.server_args, scheduler.model_config
+    from sglang.srt.runtime_context import get_parallel
+
+    args, model = compat.resolved(scheduler.server_args), scheduler.model_config
     fields = (
         "dtype",
         "quantization",
@@ -114,8 +117,9 @@ def identity(scheduler: Any, memory: PageMemory) -> bytes:
         "moe_dp_size",
     )
     told = {name: repr(getattr(args, name, None)) for name in fields}
+    told |= compat.IDENTITY
     told["weights"] = _weights(args, model)
-    told["rank"] = repr(scheduler.ps.tp_rank)
+    told["rank"] = repr(get_parallel().tp_rank)
     # Where nothing is compressed, nothing that was may come back.
     told["exact"] = repr(not memory.config.compresses)
     told["codec"] = repr((REVISION, dataclasses.astuple(memory.plan.frame_bytes)))
@@ -153,10 +157,10 @@ def before_next_batch(self: Any, *args: Any, **kwargs: Any) -> None:
         tier.poll()
 
 
-def around_prefetch(original, self, req):
+def around_prefetch(original, self, req, *args):
     """A request enters the queue."""
     if tier_of(self) is None:
-        original(self, req)
+        original(self, req, *args)
     else:
         self.tree_cache.begin_restore(req)
 

@@ -65,6 +65,9 @@ class MosaicKVPool(MHATokenToKVPool):
             (self._dense_rows, self.head_num, self.v_head_dim),
         )
 
+    def _build_kv_buffer_descs(self) -> list:
+        return []  # of rows by slot, for transfers, which are refused
+
     def get_kv_size_bytes(self) -> int:
         """Bytes of all frames and of the codec's tables."""
         return sum(buffer.nbytes for buffer in (*self.k_buffer, *self.v_buffer)) + self.memory.mosaic_bytes

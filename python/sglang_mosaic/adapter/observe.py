@@ -9,7 +9,7 @@ import logging
 from collections.abc import Collection
 from typing import Any
 
-from sglang_mosaic.adapter import host
+from sglang_mosaic.adapter import compat, host
 from sglang_mosaic.adapter.arguments import selects_mosaic
 from sglang_mosaic.adapter.prefix_hits import PrefixHits
 from sglang_mosaic.adapter.sight.question import layer_of
@@ -71,11 +71,12 @@ class RecentPages:
         table = self.scheduler.req_to_token_pool.req_to_token
         pages: set[int] = set()
         for request in self._requests():
-            if request.req_pool_idx is None or request.kv is None:
+            row = compat.pool_index(request)
+            if row is None:
                 continue
             last = (request.kv.kv_allocated_len - 1) // PAGE_SIZE
             first = max(last - self.window_pages + 1, 0)
-            slots = table[request.req_pool_idx, first * PAGE_SIZE : (last + 1) * PAGE_SIZE : PAGE_SIZE]
+            slots = table[row, first * PAGE_SIZE : (last + 1) * PAGE_SIZE : PAGE_SIZE]
             pages.update((slots // PAGE_SIZE).tolist())
         return pages
 
@@ -92,9 +93,9 @@ class RecentPages:
 
 def after_idle_check(_result: None, self: Any) -> None:
     """Audit the pool where SGLang checks its own accounting: nothing runs, everything is either cached or free."""
-    if not selects_mosaic(self.server_args):
+    memory = getattr(self.token_to_kv_pool_allocator.get_kvcache(), "memory", None)
+    if not isinstance(memory, PageMemory):  # SGLang's own pool: the mosaic backend is not selected
         return
-    memory = memory_of(self.token_to_kv_pool_allocator)
     if memory.config.audit is not None and memory.changed_since_audit:
         memory.audit(*_holdings(self))
         logger.info("sglang_mosaic audit %d clean", memory.audits)

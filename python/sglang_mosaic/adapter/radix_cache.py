@@ -11,6 +11,7 @@ from sglang.srt.mem_cache.base_prefix_cache import EvictParams, InsertParams, Ma
 from sglang.srt.mem_cache.cache_init_params import CacheInitParams
 from sglang.srt.mem_cache.radix_cache import RadixCache, RadixKey, TreeNode
 
+from sglang_mosaic.adapter import compat
 from sglang_mosaic.adapter.restoring import Restoring, RestoringPays
 from sglang_mosaic.cache.host_page import HostPage
 from sglang_mosaic.manager.keys import namespace, page_keys
@@ -56,7 +57,7 @@ class MosaicRadixCache(RadixCache):
             # The cache is emptied when weights change, too: what is on the host must not be found any more.
             self._root_key = namespace(self._identity.hex(), uuid.uuid4().hex)
             for name in list(self._restoring):
-                self.release_aborted_request(name)
+                self._forget(name)
 
     # Out.
 
@@ -82,7 +83,7 @@ class MosaicRadixCache(RadixCache):
             unknown.append(node)
             node = node.parent
         for node in reversed(unknown):
-            node.page_keys = self._keys_below(node.parent, node.key.raw_token_ids(), node.key.extra_key)
+            node.page_keys = self._keys_below(node.parent, node.key.raw_token_ids(), compat.Tenant.of(node.key))
         return node.page_keys
 
     def _position(self, node: TreeNode) -> int:
@@ -92,10 +93,11 @@ class MosaicRadixCache(RadixCache):
             position += len(node.key)
         return position
 
-    def _keys_below(self, node: TreeNode, tokens: Any, extra_key: str | None) -> list[bytes]:
+    def _keys_below(self, node: TreeNode, tokens: Any, tenant: compat.Tenant) -> list[bytes]:
         """Keys of the pages of tokens that follow those of a node."""
         if node is self.root_node:
-            return page_keys(self._root_key, tokens, extra_key)
+            root, salt = self._root_key, tenant.cache_salt
+            return page_keys(root if salt is None else namespace(root.hex(), salt), tokens, tenant.extra_key)
         return page_keys(self._keys(node)[-1], tokens)
 
     # Back. The scheduler asks here about requests in its queue, as it asks SGLang's own storage tier.
@@ -105,9 +107,10 @@ class MosaicRadixCache(RadixCache):
         if not self._identity or request.positional_embed_overrides is not None:
             return
         request.init_next_round_input(self, cow_mamba=False)
-        tokens, matched = request.full_untruncated_fill_ids, len(request.prefix_indices)
+        tokens, matched = request.full_untruncated_fill_ids, compat.matched_tokens(request)
         whole = request._compute_max_prefix_len(len(tokens)) // PAGE_SIZE * PAGE_SIZE
-        keys = self._keys_below(request.last_node, tokens[matched:whole], request.extra_key)
+        tenant = compat.Tenant.of(request)
+        keys = self._keys_below(request.last_node, tokens[matched:whole], tenant)
         tier = self._memory.host.tier
         held = tier.held(keys)
         if not self._pays.enough(held):
@@ -118,13 +121,12 @@ class MosaicRadixCache(RadixCache):
             tier.restores.probe(keys[:held])
         else:
             tokens = tokens[: matched + held * PAGE_SIZE]
-            self._restoring[request.rid] = Restoring(
-                tokens, request.extra_key, request.priority or 0, matched // PAGE_SIZE
-            )
+            self._restoring[request.rid] = Restoring(tokens, tenant, request.priority or 0, matched // PAGE_SIZE)
             tier.restores.begin(request.rid, keys[:held], budget_s)
 
-    def check_prefetch_progress(self, name: str) -> bool:
+    def check_prefetch_progress(self, handle: Any) -> bool:
         """Whether a request in the queue waits for no page any more. Puts into the tree what has arrived."""
+        name = compat.request_name(handle)
         restoring = self._restoring.get(name)
         if restoring is None:
             return True
@@ -136,12 +138,15 @@ class MosaicRadixCache(RadixCache):
         self._finish(name)
         return True
 
-    def pop_prefetch_loaded_tokens(self, name: str) -> int:
+    def pop_prefetch_loaded_tokens(self, handle: Any) -> int:
         """Tokens that came back for a request; asked once."""
-        return self._restored.pop(name, 0)
+        return self._restored.pop(compat.request_name(handle), 0)
 
-    def release_aborted_request(self, name: str) -> None:
+    def release_aborted_request(self, handle: Any) -> None:
         """A request leaves the queue without having run."""
+        self._forget(compat.request_name(handle))
+
+    def _forget(self, name: str) -> None:
         if name in self._restoring:
             self._memory.host.tier.restores.cancel(name)
             self._finish(name)
@@ -157,7 +162,8 @@ class MosaicRadixCache(RadixCache):
     def _insert_restored(self, restoring: Restoring, pages: list[HostPage]) -> bool:
         """Put the next pages of a sequence into the tree; False: not all of them could be."""
         match = self.match_prefix(MatchPrefixParams(key=restoring.key(restoring.at + len(pages))))
-        there = len(match.device_indices) // PAGE_SIZE
+        slots_there = compat.matched_slots(self, match)
+        there = len(slots_there) // PAGE_SIZE
         if there < restoring.at:
             return False  # what they follow was evicted meanwhile
         restoring.found += there - restoring.at
@@ -168,7 +174,7 @@ class MosaicRadixCache(RadixCache):
             slots = self.token_to_kv_pool_allocator.alloc_restored(wanted[:count], sequence_start=there == 0)
         self.dec_lock_ref(match.last_device_node)
         if count:
-            value = torch.cat((match.device_indices, slots))
+            value = torch.cat((slots_there, slots))
             self.insert(InsertParams(restoring.key(there + count), value, priority=restoring.priority))
         restoring.at = there + count
         restoring.restored += count

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import Any, NoReturn
 
+from sglang_mosaic.adapter import compat
 from sglang_mosaic.config import MosaicConfig
 from sglang_mosaic.errors import ConfigError
 from sglang_mosaic.manager.store.directory import DirectoryTier
@@ -36,6 +37,7 @@ _FLAGS = (
     ("attn_cp_size", 1, "--attention-context-parallel-size", "context parallelism is not supported"),
     ("prefill_attention_backend", None, "--prefill-attention-backend", "only the mosaic backend reads mosaic pages"),
     ("decode_attention_backend", None, "--decode-attention-backend", "only the mosaic backend reads mosaic pages"),
+    *compat.REFUSED_FLAGS,
 )
 
 _ENVIRONMENT = {
@@ -93,11 +95,16 @@ def refuse_resolved(server_args: Any) -> None:
     """Refuse models and types that only the resolved arguments show."""
     if server_args.model_path.lower() in ("none", "dummy"):
         return
+    if server_args.attention_backend != "mosaic":
+        refuse(
+            f"{server_args.model_path} (SGLang chose --attention-backend {server_args.attention_backend} for it)",
+            "choose another model",
+        )
     if server_args.page_size != PAGE_SIZE:
         refuse(f"a page size of {server_args.page_size} (set for this model by SGLang)", "choose another model")
     if server_args.kv_cache_dtype not in ("auto", "bf16", "bfloat16"):
         refuse(f"--kv-cache-dtype {server_args.kv_cache_dtype}", "use --kv-cache-dtype auto or bfloat16")
-    why = unsupported_model(server_args.get_model_config())
+    why = unsupported_model(compat.model_config(server_args))
     if why is not None:
         refuse(f"{server_args.model_path} ({why})", "choose another model, or another --attention-backend")
 

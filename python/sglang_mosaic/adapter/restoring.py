@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 from array import array
 from collections.abc import Callable
+from typing import Any
 
-from sglang.srt.mem_cache.radix_cache import RadixKey
-
+from sglang_mosaic.adapter.compat import Tenant
 from sglang_mosaic.page import PAGE_SIZE
 
 UNKNOWN_S = 2.0
@@ -20,7 +20,7 @@ class Restoring:
 
     tokens: array[int]
     """From the start of the sequence to the end of the last page wanted."""
-    extra_key: str | None
+    tenant: Tenant
     priority: int
     first: int
     """Pages that the tree had at first."""
@@ -33,9 +33,9 @@ class Restoring:
     def __post_init__(self) -> None:
         self.at = self.first
 
-    def key(self, pages: int) -> RadixKey:
-        """Of the first pages of the sequence."""
-        return RadixKey(self.tokens[: pages * PAGE_SIZE], self.extra_key)
+    def key(self, pages: int) -> Any:
+        """RadixKey of the first pages of the sequence."""
+        return self.tenant.key(self.tokens[: pages * PAGE_SIZE])
 
 
 class RestoringPays:

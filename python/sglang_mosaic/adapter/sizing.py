@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from sglang_mosaic.adapter import compat
 from sglang_mosaic.adapter.arguments import selects_mosaic
 from sglang_mosaic.adapter.geometry import Geometry
 from sglang_mosaic.config import MosaicConfig
@@ -45,7 +46,7 @@ def plan_for(configurator: Any, budget_bytes: int) -> MemoryPlan:
             f"--mosaic-kv-mib {config.kv_mib}: only {budget_bytes / MIB:.1f} MiB are free for the cache; lower it or "
             "raise --mem-fraction-static."
         )
-    return _plan(config, configurator.server_args, Geometry.of(configurator), kv_bytes)
+    return _plan(config, compat.resolved(configurator.server_args), Geometry.of(configurator), kv_bytes)
 
 
 def refuse_small_pool(server_args: Any) -> None:

@@ -7,6 +7,7 @@ import uuid
 from typing import Any
 
 from sglang_mosaic.adapter.arguments import selects_mosaic
+from sglang_mosaic.adapter.compat import Tenant
 
 
 def before_request(self: Any, recv_req: Any) -> None:
@@ -14,5 +15,5 @@ def before_request(self: Any, recv_req: Any) -> None:
 
     The name is random, so that nobody can name it. Ranks may draw different ones: each compares its own only.
     """
-    if selects_mosaic(self.server_args) and self.mosaic_isolate and not recv_req.extra_key:
+    if selects_mosaic(self.server_args) and self.mosaic_isolate and not Tenant.of(recv_req).is_named:
         recv_req.extra_key = f"alone {uuid.uuid4().hex}"

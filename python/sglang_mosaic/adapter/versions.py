@@ -1,11 +1,11 @@
-"""Which SGLang this adapter was written against."""
+"""Which SGLang this adapter was written against; compat.py has what differs between them."""
 
 from __future__ import annotations
 
 from importlib.metadata import PackageNotFoundError, version
 
-SUPPORTED = ("0.5.17",)
-"""Versions whose seams were run, not only read."""
+SUPPORTED = ("0.5.17", "0.5.23")
+"""Versions whose seams were run, not only read; the first one everywhere, the others on a plain CPU."""
 
 
 def sglang_version() -> str | None:

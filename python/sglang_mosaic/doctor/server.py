@@ -16,13 +16,14 @@ from sglang_mosaic.layout import MIB, MemoryPlan, minimum_dense_frames, reserve_
 
 def model_and_plan(server_flags: list[str]) -> Iterator[Finding]:
     """Whether a server with these flags would start, and with how many frames."""
+    from sglang_mosaic.adapter import compat
     from sglang_mosaic.adapter.sizing import expected_plan, largest_prefill
 
-    server_args = _resolve(server_flags)
+    server_args = compat.resolved(_resolve(server_flags))
     if server_args.attention_backend != "mosaic":
         yield Finding(WARN, "model", f"--attention-backend {server_args.attention_backend} does not compress anything")
         return
-    model = server_args.get_model_config()
+    model = compat.model_config(server_args)
     yield Finding(OK, "model", f"{', '.join(model.hf_config.architectures)}, {model.num_attention_layers} layers")
     config = MosaicConfig.load()
     memory, kv_bytes = _memory(server_args, config.kv_mib)
@@ -40,14 +41,13 @@ def _resolve(server_flags: list[str]) -> Any:
         SystemExit: our own refusal.
         ConfigError: what argparse or the reader of the model's config said.
     """
-    from sglang.srt.server_args import prepare_server_args
-
+    from sglang_mosaic.adapter import compat
     from sglang_mosaic.launch_server import with_mosaic_backends
 
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
-            return prepare_server_args(with_mosaic_backends(server_flags))
+            return compat.parse(with_mosaic_backends(server_flags))
     except SystemExit as refusal:
         if isinstance(refusal.code, str):
             raise
