@@ -7,6 +7,7 @@ import itertools
 import os
 import random
 import re
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -40,6 +41,8 @@ PROBES = {f"{tokens} tokens": make_text(tokens, f"probe {tokens}") for tokens in
 PROBE_TOKENS = 8
 WARM_UP = 6
 """Prompts of 600 tokens that have the codec calibrated before the first probe."""
+DYING_S = 10.0
+"""A server whose scheduler died takes its other processes with it after a while."""
 BATCH = 50
 """Requests that are planned at a time."""
 
@@ -50,11 +53,11 @@ def probes(url: str) -> dict[str, Reply]:
     return {name: ask(url, prompt, PROBE_TOKENS) for name, prompt in PROBES.items()}
 
 
-def jobs(seed: int, until: float) -> Iterator[Job]:
-    """Rude requests until a moment of `time.monotonic`."""
+def jobs(seed: int, stopped: threading.Event) -> Iterator[Job]:
+    """Rude requests without end, until they are stopped."""
     for batch in itertools.count():
         for job in plan(BATCH, seed * 1000 + batch):
-            if time.monotonic() > until:
+            if stopped.is_set():
                 return
             yield job
 
@@ -91,10 +94,15 @@ class Soak:
             calibrate(url)
             before, audits = probes(url), statistics(url)["audits"]
             faults = Faults(url, server.pid, jitter)
-            with Watch(server.pid, disk) as watch:
-                requests_made, faults_made = self._load_and_faults(url, faults, watch)
-                sglang_http.flush_cache(url, 120)
-                after = probes(url)
+            try:
+                with Watch(server.pid, disk) as watch:
+                    requests_made, faults_made = self._load_and_faults(url, faults, watch)
+                    sglang_http.flush_cache(url, 120)
+                    after = probes(url)
+            except (requests.RequestException, BenchmarkError) as error:
+                time.sleep(DYING_S)
+                server.check_alive()
+                raise BenchmarkError(f"a fault could not be made: {error}") from error
             sglang_http.flush_cache(url)
             wait_for(lambda: statistics(url)["audits"] > audits, "an audit")
             differing = {name: found for name in PROBES if (found := difference([before[name]], after[name]))}
@@ -120,21 +128,25 @@ class Soak:
 
     def _load_and_faults(self, url: str, faults: Faults, watch: Watch) -> tuple[Abuse, list[dict[str, Any]]]:
         until = time.monotonic() + 60 * self.minutes
+        stopped = threading.Event()
         abuse = Abuse(url)
         made = []
         rng = random.Random(self.seed)
         with ThreadPoolExecutor(1) as pool, tqdm(total=round(60 * self.minutes), desc="soak", unit="s") as bar:
-            # They end by themselves: none goes on for longer than its request.
-            clients = pool.submit(abuse.run, jobs(self.seed, until), self.clients)
+            clients = pool.submit(abuse.run, jobs(self.seed, stopped), self.clients)
             kinds: list[str] = []
-            while time.monotonic() + self.calm_s < until and not clients.done():
-                time.sleep(self.calm_s)
-                if not kinds:
-                    kinds = rng.sample(list(faults.kinds), len(faults.kinds))
-                kind, second = kinds.pop(), watch.second
-                bar.set_postfix_str(kind)
-                made.append({"second": second, "fault": kind, "outcome": faults.make(kind)})
-                bar.update(min(bar.total, round(60 * self.minutes - (until - time.monotonic()))) - bar.n)
+            try:
+                while time.monotonic() + self.calm_s < until and not clients.done():
+                    time.sleep(self.calm_s)
+                    if not kinds:
+                        kinds = rng.sample(list(faults.kinds), len(faults.kinds))
+                    kind, second = kinds.pop(), watch.second
+                    bar.set_postfix_str(kind)
+                    made.append({"second": second, "fault": kind, "outcome": faults.make(kind)})
+                    bar.update(min(bar.total, round(60 * self.minutes - (until - time.monotonic()))) - bar.n)
+            finally:
+                # Clients end by themselves: none goes on for longer than its request.
+                stopped.set()
             clients.result()
         return abuse, made
 
