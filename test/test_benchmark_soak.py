@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import random
 import subprocess
@@ -20,8 +21,11 @@ from benchmark.soak.soak import JITTER_PLUGIN, jobs
 from benchmark.soak.verdict import describe, draw, failures
 from benchmark.soak.watch import Sample, Watch, growth
 
-sys.path.insert(0, str(JITTER_PLUGIN))
-from mosaic_jitter import Jitter
+# By its path: in sys.path it would be a plugin of every SGLang that this process loads.
+_spec = importlib.util.spec_from_file_location("mosaic_jitter", JITTER_PLUGIN / "mosaic_jitter.py")
+assert _spec is not None and _spec.loader is not None
+mosaic_jitter = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(mosaic_jitter)
 
 
 def sample(second: float, memory: float = 100.0, descriptors: int = 10) -> Sample:
@@ -110,7 +114,7 @@ def test_it_pauses_while_the_file_is_there(tmp_path: Path, monkeypatch: pytest.M
     slept: list[float] = []
     monkeypatch.setattr(time, "sleep", slept.append)
     file = tmp_path / "jitter"
-    method = Jitter(file, random.Random(0)).after(lambda a, b: a + b)
+    method = mosaic_jitter.Jitter(file, random.Random(0)).after(lambda a, b: a + b)
     assert [method(1, b=2) for _ in range(100)] == [3] * 100 and not slept
     with pauses(file, 30):
         for _ in range(1000):
