@@ -131,12 +131,15 @@ class Faults:
         return f"refused, HTTP {response.status_code}"
 
     def _rude(self) -> str:
+        refused = 0
         for name, body in RUDE_BODIES.items():
             sent = {"data": body} if isinstance(body, str) else {"json": body}
             response = requests.post(f"{self._url}/generate", timeout=120, **sent)
-            if not 400 <= response.status_code < 500:
+            if 400 <= response.status_code < 500:
+                refused += 1
+            else:
                 self.wrong.append(f"{name}: HTTP {response.status_code} {response.text[:100]}")
-        return f"{len(RUDE_BODIES)} refused" if not self.wrong else "not all refused"
+        return f"{refused} of {len(RUDE_BODIES)} refused"
 
     def _slow_reader(self) -> str:
         """Streams an answer into a socket with next to no buffer and does not look at it, then goes."""
