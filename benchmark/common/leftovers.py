@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-_SGLANG = ("sem.mp-", "sglang_", "psm_")
+_SGLANG = ("sem.mp-", "sglang_", "sgl_shm_", "psm_")
 """SGLang's own, and those of Python's multiprocessing: they outlive a kill."""
 
 

@@ -6,10 +6,11 @@ import re
 from pathlib import Path
 
 _TROUBLE = re.compile(r"Traceback|[A-Z]\w*(?:Error|Exception)\b|\bERROR\b|\bleak|invariant|violat", re.IGNORECASE)
-# SGLang's settings, optional parts of it that are not installed, clients that hung up, and ranks that share a node.
+# SGLang's settings, optional parts of it that are not installed, clients that hung up or asked for what is refused, and
+# ranks that share a node.
 _HARMLESS = re.compile(
     r"server_args=|No module named|Ignore import error when loading|disconnected from the client side"
-    r"|is larger than numa node number"
+    r"|\[http_server\] Error: |is larger than numa node number"
 )
 # Without a warm-up SGLang 0.5.23 asks itself over HTTP to tidy up before it listens, and logs that nobody answered.
 _GC_RACE = re.compile(r"post-warmup freeze_gc failed\n(?:(?!\[\d{4}-).*\n)*")
