@@ -41,6 +41,8 @@ PROBES = {f"{tokens} tokens": make_text(tokens, f"probe {tokens}") for tokens in
 PROBE_TOKENS = 8
 WARM_UP = 6
 """Prompts of 600 tokens that have the codec calibrated before the first probe."""
+REFUSALS = r"\[http_server\] Error: "
+"""What the server says of the requests that it must refuse."""
 DYING_S = 10.0
 """A server whose scheduler died takes its other processes with it after a while."""
 BATCH = 50
@@ -121,7 +123,7 @@ class Soak:
                 "stats": statistics(url),
                 "growth": grown(watch),
                 "samples": [dataclasses.asdict(sample) for sample in watch.samples],
-                "trouble": trouble(server.log_path),
+                "trouble": trouble(server.log_path, REFUSALS),
             }
         half_written = [path.name for path in disk.rglob("*") if path.name.count(".") > 1]
         return {**result, "left_behind": sorted(shared_memory_files() - shm) + half_written}
