@@ -15,6 +15,7 @@ import requests
 
 from answers import Answer
 from benchmark.common import sglang_http
+from benchmark.common.cpu import CPU_FLAGS, EXACT_CPU_FLAGS
 from benchmark.common.server import ServerProcess, free_port
 from benchmark.common.server_log import trouble
 from benchmark.soak.soak import JITTER_PLUGIN
@@ -35,7 +36,7 @@ ENVIRONMENT = {
 }
 
 COMMON = (
-    *("--host", HOST, "--device", "cpu", "--dtype", "bfloat16", "--mem-fraction-static", "0.1"),
+    *("--host", HOST, *CPU_FLAGS.split()),
     *("--max-running-requests", "8", "--chunked-prefill-size", "512"),
     *("--skip-server-warmup", "--enable-cache-report", "--enable-metrics"),
     # An idle scheduler would spin on a core.
@@ -108,7 +109,7 @@ LAUNCHES = {
     "exact": Launch(
         "sglang_mosaic.launch_server",
         (
-            *(*COMMON, "--dtype", "float32", "--max-running-requests", "2", "--chunked-prefill-size", "256"),
+            *(*COMMON, *EXACT_CPU_FLAGS.split(), "--max-running-requests", "2", "--chunked-prefill-size", "256"),
             *("--max-total-tokens", "1024", "--mosaic-encode", "off", "--mosaic-host-gb", "0.25"),
             *("--mosaic-restart-s", "0.2", "--mosaic-audit", "20"),
         ),

@@ -12,13 +12,14 @@ from pathlib import Path
 import pytest
 
 from answers import Answer, largest_drift, wrong_answers
+from benchmark.common.cpu import EXACT_CPU_FLAGS
 from benchmark.common.text import make_text
 from benchmark.soak.faults import pauses
 from real_server import COMMON, Launch, Server, Servers, run_python
 
 pytestmark = pytest.mark.server
 
-RANKS = ("--tp-size", "2", "--dtype", "float32", "--chunked-prefill-size", "256")
+RANKS = ("--tp-size", "2", *EXACT_CPU_FLAGS.split(), "--chunked-prefill-size", "256")
 BIND = {"SGLANG_CPU_OMP_THREADS_BIND": "0|1"}
 """SGLang wants a NUMA node or named cores for each rank."""
 SHARED = make_text(280, "two ranks")

@@ -24,6 +24,7 @@ from matplotlib.figure import Figure
 from tokenizers import Tokenizer
 
 from benchmark.codec.rate_distortion import embedded_model
+from benchmark.common.cpu import CPU_FLAGS
 from benchmark.common.errors import BenchmarkError
 from benchmark.common.options import integer
 from benchmark.common.report import COLOURS, new_figure, write_png
@@ -37,7 +38,7 @@ PAGE = 64
 REST = 16
 """Tokens behind the last whole page."""
 SERVER_ARGS = (
-    "--device cpu --dtype bfloat16 --mem-fraction-static 0.1 --max-running-requests 2 --chunked-prefill-size 512 "
+    f"{CPU_FLAGS} --max-running-requests 2 --chunked-prefill-size 512 "
     "--skip-server-warmup --sleep-on-idle --mosaic-host-gb 1 --mosaic-restore-from 1 --mosaic-encode seal "
     "--mosaic-refresh-pages 0 --max-total-tokens 2048"
 )

@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # for `import benc
 
 import requests
 
+from benchmark.common.cpu import CPU_FLAGS
 from benchmark.common.errors import BenchmarkError
 from benchmark.common.options import integer
 from benchmark.common.stats import format_table, percentile
@@ -32,7 +33,7 @@ from benchmark.manager.own_server import make_server, write_report
 from benchmark.manager.saturated import SaturatedManager
 
 SERVER_ARGS = (
-    "--device cpu --dtype bfloat16 --mem-fraction-static 0.1 --max-running-requests 2 --chunked-prefill-size 512 "
+    f"{CPU_FLAGS} --max-running-requests 2 --chunked-prefill-size 512 "
     "--skip-server-warmup --sleep-on-idle --max-total-tokens 2048 --mosaic-host-gb 1"
 )
 COLUMNS = ("nice", "pairs", "idle_p50_ms", "busy_p50_ms", "idle_p99_ms", "busy_p99_ms", "change_p50", "compressed")

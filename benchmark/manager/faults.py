@@ -34,6 +34,7 @@ import psutil
 import requests
 
 from benchmark.common import sglang_http
+from benchmark.common.cpu import EXACT_CPU_FLAGS
 from benchmark.common.errors import BenchmarkError
 from benchmark.common.leftovers import shared_memory_files
 from benchmark.common.options import integer, number
@@ -44,7 +45,7 @@ from benchmark.manager.own_server import make_server, statistics, write_report
 from benchmark.manager.saboteur import kill_managers, manager_of, stop_manager, wait_for, wait_for_work
 
 SERVER_ARGS = (
-    "--device cpu --dtype float32 --mem-fraction-static 0.1 --max-running-requests 2 --chunked-prefill-size 256 "
+    f"{EXACT_CPU_FLAGS} --max-running-requests 2 --chunked-prefill-size 256 "
     "--skip-server-warmup --sleep-on-idle --max-total-tokens 1024 --mosaic-host-gb 1 --mosaic-restart-s 0.2"
 )
 

@@ -20,6 +20,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # for `import benchmark` when run by path
 
 
+from benchmark.common.cpu import CPU_FLAGS
 from benchmark.common.errors import BenchmarkError
 from benchmark.common.options import integer, number
 from benchmark.common.report import write_png
@@ -28,7 +29,7 @@ from benchmark.soak.soak import Soak
 from benchmark.soak.verdict import describe, draw, failures
 
 SERVER_ARGS = (
-    "--device cpu --dtype bfloat16 --mem-fraction-static 0.1 --max-running-requests 8 --chunked-prefill-size 512 "
+    f"{CPU_FLAGS} --max-running-requests 8 --chunked-prefill-size 512 "
     "--skip-server-warmup --sleep-on-idle --enable-metrics --mosaic-kv-mib 57 --mosaic-refresh-pages 0 "
     "--mosaic-audit 20 --mosaic-host-gb 0.02 --mosaic-disk-gb 0.05 --mosaic-restart-s 0.5 "
     "--mosaic-host-max-error 0.1 --mosaic-cold-max-error 0.2"

@@ -92,10 +92,10 @@ def _unpack(data: torch.Tensor, plane: Plane, codes: torch.Tensor, combine) -> N
     # One integer a group: a shift and a mask then unpack all of its bytes at once. A copy is aligned for that.
     word, rows = _WORDS[plane.group_bytes], -(-codes.shape[1] // plane.row_tokens)
     packed = _bytes(data, plane.start, rows, plane.groups * plane.group_bytes)
-    packed = packed.clone(memory_format=torch.contiguous_format).view(word)
+    packed = packed.clone(memory_format=torch.contiguous_format).view(word)[..., :groups, None]
+    shifts = constant(tuple(range(0, 8, plane.bits)), word, data.device)
     mask = int.from_bytes(bytes([(1 << plane.bits) - 1]) * word.itemsize, "little")
-    parts = [packed[..., :groups] >> shift & mask for shift in range(0, 8, plane.bits)]
-    new = torch.stack(parts, -1).view(torch.uint8).flatten(-2)
+    new = (packed >> shifts).bitwise_and_(mask).view(torch.uint8).flatten(-2)
     if plane.row_tokens > 1:
         new = new.unflatten(-1, (groups, plane.row_tokens, GROUP)).transpose(2, 3)
         new = new.flatten(1, 2).flatten(2)[:, : codes.shape[1]]

@@ -25,6 +25,8 @@ LAYOUT = "v1"
 KINDS = {RecordKind.PAGE: "pages", RecordKind.EPOCH: "epochs", RecordKind.TRANSFORM: "transforms"}
 LOW_WATER = 0.9
 """Share of the limit that deleting goes down to, so that it does not have to look at all files for every write."""
+LOOK_AGAIN = 0.05
+"""Share of the limit after which a writer looks at the directory again: others have written, too."""
 ABANDONED_S = 600.0
 """Age after which a temporary file is nobody's any more, whoever has its process id now."""
 
@@ -35,7 +37,10 @@ class _File(NamedTuple):
 
 
 class DirectoryTier:
-    """Records as files, together about as many bytes as allowed: other managers write between two looks.
+    """Records as files, together about as many bytes as allowed.
+
+    Managers that share the directory see each other's files when they look at it, so that each may add ``LOOK_AGAIN``
+    of the limit to it.
 
     Safe to use from two threads.
 
@@ -57,6 +62,7 @@ class DirectoryTier:
         self._lock = threading.Lock()
         self._files: dict[RecordId, _File] = {}
         self._total = 0
+        self._written = 0  # bytes since the last look
         self._temporaries = 0
         try:
             root.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -102,6 +108,7 @@ class DirectoryTier:
         with self._lock:
             self._files = files
             self._total = sum(file.nbytes for file in files.values())
+            self._written = 0
 
     def write(self, record: Record, keep_age: bool = False) -> bool:
         """Write a record; False: it is too large or the system refuses, and nothing changed.
@@ -135,6 +142,7 @@ class DirectoryTier:
         with self._lock:
             self._files[record.id] = _File(record.nbytes, used)
             self._total += record.nbytes
+            self._written += record.nbytes
         self._make_room()
         return True
 
@@ -170,9 +178,11 @@ class DirectoryTier:
         self._forget(record, delete=True)
 
     def _make_room(self) -> None:
-        if self.nbytes <= self.limit_bytes:
+        if self._total <= self.limit_bytes and self._written <= self.limit_bytes * LOOK_AGAIN:
             return
         self.scan()
+        if self._total <= self.limit_bytes:
+            return
         with self._lock:
             oldest = sorted(self._files.items(), key=lambda item: item[1].used)
         for record, _ in oldest:
