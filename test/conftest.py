@@ -11,39 +11,45 @@ import pytest
 import triton_device  # noqa: F401  (before anything that imports Triton)
 from real_server import Server, Servers
 
-# The order that needs the fewest starts of servers; other tests come first.
-SERVER_FILES = (
-    "test_server_smoke.py",
-    "test_server_identity.py",
-    "test_server_shared_prefix.py",
-    "test_server_calibrated.py",
-    "test_server_abuse.py",
-    "test_server_host_tier.py",
-    "test_server_aborts.py",
-    "test_server_faults.py",
-    "test_server_sight.py",
-    "test_server_tenants.py",
-    "test_server_tensor_parallel.py",
-    "test_server_dropin.py",
-    "test_server_errors.py",
+# Files that share servers, in the order that needs the fewest starts. A group runs in one worker,
+# and no server is in two groups. They take about as long as one another.
+SERVER_GROUPS = (
+    (
+        "test_server_smoke.py",
+        "test_server_identity.py",
+        "test_server_shared_prefix.py",
+        "test_server_abuse.py",
+        "test_server_dropin.py",
+    ),
+    (
+        "test_server_host_tier.py",
+        "test_server_sight.py",
+        "test_server_tenants.py",
+        "test_server_aborts.py",
+        "test_server_faults.py",
+        "test_server_calibrated.py",
+        "test_server_tensor_parallel.py",
+        "test_server_errors.py",
+    ),
 )
+SERVER_FILES = tuple(file for files in SERVER_GROUPS for file in files)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    # Tests of servers come last, and first where another worker has the rest meanwhile.
+    # Tests of servers come last, and first where other workers have the rest meanwhile.
     others = len(SERVER_FILES) if hasattr(config, "workerinput") else -1
     items.sort(key=lambda item: SERVER_FILES.index(item.path.name) if item.path.name in SERVER_FILES else others)
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """One worker has all the servers; of the other tests each file has one."""
+    """A worker has a group of servers, or a file of other tests, at a time."""
     from xdist.scheduler import LoadScopeScheduling
 
     class ServersTogether(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
             file = nodeid.split("::")[0].rpartition("/")[2]
-            return "servers" if file in SERVER_FILES else file
+            return next((files[0] for files in SERVER_GROUPS if file in files), file)
 
     return ServersTogether(config, log)
 

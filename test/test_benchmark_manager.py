@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from benchmark.codec.capture import Captured, Layer
-from benchmark.manager import run
+from benchmark.common.errors import BenchmarkError
+from benchmark.common.text import make_text
+from benchmark.manager import cold_pages, run
 from benchmark.manager.frames import RealFrames, encode
 from benchmark.manager.latency import measure_latency
 from benchmark.manager.recompression import layout_of, measure_cold, measure_compressors, measure_limits
@@ -74,3 +78,23 @@ def test_options_that_cannot_be_are_refused(capsys: pytest.CaptureFixture[str]) 
     with pytest.raises(SystemExit):
         run.parse_arguments(["--tokens", "1024", "--calibration-tokens", "1024"])
     assert "--tokens" in capsys.readouterr().err
+
+
+def test_users_of_cold_pages_share_one_page_and_have_whole_ones(model: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text"
+    text.write_text(make_text(2000, "cold"))
+    options = ["--text", str(text), "--users", "3", "--user-pages", "2", "--scored-tokens", "5"]
+    users = cold_pages.make_users(cold_pages.parse_arguments([*options, "--model-path", str(model)]))
+    assert [(len(user.prompt), len(user.answer)) for user in users] == [(3 * 64 + 1, 5)] * 3
+    assert len({tuple(user.prompt[:64]) for user in users}) == 1
+    assert len({tuple(user.prompt[64:]) for user in users}) == 3
+    with pytest.raises(BenchmarkError, match="give more of it"):
+        cold_pages.make_users(cold_pages.parse_arguments([*options, "--users", "99", "--model-path", str(model)]))
+
+
+def test_lost_pages_fail_and_so_do_those_that_nobody_coded() -> None:
+    good = {"limit": 0.2, "pages": 9, "cached": 1.0, "trouble": []}
+    assert cold_pages.failures([good]) == []
+    assert (
+        len(cold_pages.failures([{**good, "pages": 0}, {**good, "cached": 0.5}, {**good, "trouble": ["a leak"]}])) == 3
+    )

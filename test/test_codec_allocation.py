@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 
 import pytest
@@ -66,6 +67,14 @@ def test_a_path_ends_only_when_no_further_width_fits(problem):
             assert allocator.format(tuple(wider), exceptions).segment_bytes > budget
 
 
+@functools.cache
+def all_widths():
+    """Every choice for three groups of K and four of V, and its bytes."""
+    falling = [list(itertools.combinations_with_replacement(reversed(WIDTHS), count)) for count in (3, 4)]
+    choices = [k_bits + v_bits for k_bits in falling[0] for v_bits in falling[1]]
+    return [(widths, Allocator(64, 48, 64).format(widths).segment_bytes) for widths in choices]
+
+
 @pytest.mark.parametrize("ratio", [3, 4, 6])
 @pytest.mark.parametrize("seed", range(5))
 def test_the_greedy_choice_is_close_to_the_best_one(ratio, seed):
@@ -74,10 +83,9 @@ def test_the_greedy_choice_is_close_to_the_best_one(ratio, seed):
     k, v = torch.rand(3, generator=generator) ** 3 * 100, torch.rand(4, generator=generator) ** 3 * 100
     energies = [*k.sort(descending=True).values.tolist(), *v.sort(descending=True).values.tolist()]
     budget = 64 * (48 + 64) * 2 // ratio
-    falling = [list(itertools.combinations_with_replacement(reversed(WIDTHS), count)) for count in (3, 4)]
     costs = []
-    for widths in (k_bits + v_bits for k_bits in falling[0] for v_bits in falling[1]):
-        if allocator.format(widths).segment_bytes <= budget:
+    for widths, nbytes in all_widths():
+        if nbytes <= budget:
             shares = [K_SHARES[bits] for bits in widths[:3]] + [V_SHARES[bits] for bits in widths[3:]]
             costs.append(sum(e * share for e, share in zip(energies, shares, strict=True)))
     assert min(costs) * (1 - 1e-6) <= allocator.path(energies, budget)[-1].cost <= 1.5 * min(costs)
