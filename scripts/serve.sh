@@ -24,8 +24,7 @@ if ! { nvidia-smi -L >/dev/null 2>&1 && "$python" -c 'import torch; assert torch
     echo "No GPU: serving on the CPU" >&2
     export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(nproc)}" TOKENIZERS_PARALLELISM=false
     args+=(--device cpu --mem-fraction-static 0.1 --max-running-requests 8)
-    # Without such instructions products of bf16 matrices take seven times as long as those of 32 bits.
-    if grep -qsE 'avx512_bf16|amx_bf16' /proc/cpuinfo; then
+    if "$python" -c 'import sys; from sglang_mosaic.doctor.installation import multiplies_bf16 as m; sys.exit(not m())'; then
         args+=(--dtype bfloat16)
     else
         args+=(--dtype float32 --kv-cache-dtype bfloat16)

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 
 from sglang_mosaic import cli
-from sglang_mosaic.doctor import _guarded, server
+from sglang_mosaic.doctor import _guarded, installation, server
 from sglang_mosaic.doctor.finding import OK, Finding
 from sglang_mosaic.embedded_model import ensure_model
 
@@ -60,6 +60,14 @@ def test_what_cannot_be_served_fails_with_the_way_out(flags, check, sentence):
     ((level, text),) = found(findings, check)
     assert (status, level) == (1, "FAIL")
     assert sentence in text
+
+
+def test_a_cpu_tells_whether_it_multiplies_bf16(tmp_path):
+    cpuinfo = tmp_path / "cpuinfo"
+    for flags, expected in (("fpu avx2 avx512f", False), ("fpu avx512_bf16 erms", True), ("asimd bf16", True)):
+        cpuinfo.write_text(f"model name : one\nflags : {flags}\n")
+        assert installation.multiplies_bf16(cpuinfo) is expected
+    assert installation.multiplies_bf16(tmp_path / "missing")
 
 
 @pytest.mark.parametrize(

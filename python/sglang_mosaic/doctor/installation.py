@@ -6,6 +6,7 @@ import importlib.metadata
 import os
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 from sglang_mosaic.doctor.finding import FAIL, OK, WARN, Finding
 from sglang_mosaic.torchvision_compat import declare_missing_operators, declares_on_import
@@ -40,6 +41,15 @@ def plugin() -> Iterator[Finding]:
             yield Finding(OK, "plugin", f"{group}: {', '.join(found)}")
 
 
+def multiplies_bf16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
+    """Whether the CPU has instructions for products of bf16 matrices; True where the kernel does not say."""
+    try:
+        flags = cpuinfo.read_text().split()
+    except OSError:
+        return True
+    return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(flags)
+
+
 def device() -> Iterator[Finding]:
     """The accelerator or the plain CPU, and whether torchvision can be imported there."""
     at_start_up = declares_on_import()
@@ -49,7 +59,6 @@ def device() -> Iterator[Finding]:
     if torch.cuda.is_available():
         memory = torch.cuda.get_device_properties(0).total_memory / 2**30
         yield Finding(OK, "device", f"{torch.cuda.get_device_name(0)}, {memory:.0f} GiB")
-        yield Finding(WARN, "attention", "runs in torch on a GPU: right, but slower than FlashInfer, no CUDA graphs")
         return
     import sglang.srt.utils  # noqa: F401  the platform is chosen while this is imported
 
@@ -57,6 +66,13 @@ def device() -> Iterator[Finding]:
 
     if is_active():
         yield Finding(OK, "device", "no accelerator; the plain CPU platform is active")
+        if not multiplies_bf16():
+            yield Finding(
+                WARN,
+                "cpu",
+                "has no instructions for products in bf16, which take several times as long as in 32 bits: serve with "
+                "--dtype float32 --kv-cache-dtype bfloat16",
+            )
     else:
         yield Finding(FAIL, "device", "no accelerator, and another SGLang platform is active; unset SGLANG_PLATFORM")
     if declared and not at_start_up:
