@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmark.common.cpu import CPU_FLAGS
 from benchmark.common.kv_bytes import load_config
 from benchmark.common.text import make_text
 from benchmark.quality.prompting import Prompter
@@ -16,7 +17,7 @@ from test_server_shared_prefix import NEEDLES, QUESTIONS, notes_with, recall
 pytestmark = pytest.mark.server
 
 RATIO, KV_MIB = 4.0, 111
-ENGINE = ("--device", "cpu", "--dtype", "bfloat16", "--mem-fraction-static", "0.1", "--max-running-requests", "4")
+ENGINE = (*CPU_FLAGS.split(), "--max-running-requests", "4")
 
 
 @pytest.fixture(scope="module")
