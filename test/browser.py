@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import base64
 import itertools
+import os
 import shutil
+import signal
 import subprocess
 import time
 from collections.abc import Coroutine
@@ -44,13 +46,15 @@ class Browser:
             ],
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
+            # Its renderers outlive it otherwise: they are killed with it, as one group.
+            start_new_session=True,
         )
         self._loop = asyncio.new_event_loop()
         self._numbers = itertools.count(1)
         try:
             self._wait(self._connect())
         except BaseException:
-            self._process.kill()
+            self._kill()
             raise
 
     def __enter__(self) -> Browser:
@@ -59,10 +63,13 @@ class Browser:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._process.kill()
-        self._process.wait()
+        self._kill()
         self._wait(self._http.close())
         self._loop.close()
+
+    def _kill(self) -> None:
+        os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
 
     def go(self, url: str) -> None:
         """Load a page."""
