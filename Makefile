@@ -42,7 +42,7 @@ lint: install ## check the code with ruff
 type: ## check types with mypy: strict below the adapter
 	@$(PY) -m mypy
 
-docs-check: install model ## run the commands of the documents that are marked as runnable on a CPU
+docs-check: install model ## run the commands of all documents, shortened, but for those that need a GPU
 	@$(PY) scripts/docs_check.py
 
 clean: ## remove caches and build outputs; the virtual environment and the model stay

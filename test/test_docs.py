@@ -51,38 +51,57 @@ def test_every_example_is_run_by_a_test() -> None:
         assert f'run_example("{example.name}"' in tests, example.name
 
 
-def test_marked_blocks_are_found_in_the_documents() -> None:
+def test_every_block_says_how_it_is_run() -> None:
     found = [block for path in DOCUMENTS for block in docs_check.blocks(path, path.name)]
-    assert sum(block.marked for block in found) >= 4 and any(block.needs_server for block in found)
-    written = sum(path.read_text().count("<!-- runs on a CPU") for path in DOCUMENTS)
-    assert sum(block.marked for block in found) == written, "a mark without a block below it"
+    assert [block.place for block in found if block.kind is None] == []
+    assert {block.kind for block in found} == {docs_check.RUNS, docs_check.ASKS, docs_check.SERVES, docs_check.GPU}
+    for block in found:
+        assert docs_check.commands(block, {"MODEL": "/the/model"})
 
 
-def test_what_is_marked_runs_and_a_failure_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_blocks_run_and_a_failure_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     page = tmp_path / "page.md"
     page.write_text(
-        "<!-- runs on a CPU -->\n```sh\ntest MODEL = /the/model\n```\n"
-        "```sh\nfalse  # not marked\n```\n"
+        "<!-- runs on a CPU; 50 => 1; false => true -->\n```sh\ntest MODEL = /the/model\nfalse && test 50 = 1\n```\n"
+        "<!-- needs a GPU -->\n```sh\nfalse\n```\n"
         "<!-- runs on a CPU, with a server -->\n```sh\ntest http://127.0.0.1:30000/x = http://127.0.0.1:7/x\n```\n"
+        "<!-- serves on a CPU -->\n```sh\nserve 127.0.0.1:30000\n```\n"
         "```python\nnot shell\n```\n"
     )
     served = []
 
     def serve() -> tuple[str, object]:
         served.append("127.0.0.1:7")
-        return served[0], object()
+        return served[-1], object()
 
+    def serve_block(text: str, environment: dict[str, str]) -> bool:
+        served.append(text)
+        return True
+
+    monkeypatch.setattr(docs_check, "serve_until_it_answers", serve_block)
     found = docs_check.blocks(page, "page.md")
-    assert [(block.place, block.marked, block.needs_server) for block in found] == [
-        ("page.md:3", True, False),
-        ("page.md:6", False, False),
-        ("page.md:10", True, True),
-    ]
+    assert [block.place for block in found] == ["page.md:3", "page.md:8", "page.md:12", "page.md:16"]
     assert docs_check.check(found, dict(os.environ), "/the/model", serve) == 0
-    assert served == ["127.0.0.1:7"] and "2 blocks run, 1 not marked and not run" in capsys.readouterr().out
+    assert served == ["serve 127.0.0.1:30000\n", "127.0.0.1:7"]
+    assert "3 blocks run; need a GPU: page.md:8; failed or not marked: none" in capsys.readouterr().out
 
-    page.write_text("<!-- runs on a CPU -->\n```sh\necho seen\nfalse\necho unseen\n```\n")
-    assert docs_check.check(docs_check.blocks(page, "page.md"), dict(os.environ), "", serve) == 1
-    shown = capsys.readouterr().out
-    assert "\nseen\n" in shown and "\nunseen\n" not in shown and "failed: ['page.md:3']" in shown
-    assert docs_check.check([], dict(os.environ), "", serve) == 1, "nothing was marked"
+    for text, shown in (
+        ("<!-- runs on a CPU -->\n```sh\necho seen\nfalse\necho unseen\n```\n", "\nseen\n"),
+        ("<!-- runs on a CPU; 1 => 2 -->\n```sh\ntrue\n```\n", "'1' is to be replaced and is not there"),
+        ("```sh\ntrue\n```\n", "0 blocks run"),
+    ):
+        page.write_text(text)
+        (block,) = docs_check.blocks(page, "page.md")
+        assert docs_check.check([block], dict(os.environ), "", serve) == 1
+        out = capsys.readouterr().out
+        assert shown in out and "\nunseen\n" not in out and f"['{block.place}']" in out
+    assert docs_check.check([], dict(os.environ), "", serve) == 1, "there is nothing"
+
+
+def test_a_variable_is_no_place_of_the_model(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("<!-- runs on a CPU -->\n```sh\nMODEL=1 x $MODEL MODEL\n```\n")
+    (block,) = docs_check.blocks(page, "page.md")
+    assert docs_check.commands(block, {"MODEL": "/m"}) == "MODEL=1 x $MODEL /m\n"
