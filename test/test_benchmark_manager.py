@@ -93,8 +93,7 @@ def test_users_of_cold_pages_share_one_page_and_have_whole_ones(model: Path, tmp
 
 
 def test_lost_pages_fail_and_so_do_those_that_nobody_coded() -> None:
-    good = {"limit": 0.2, "pages": 9, "cached": 1.0, "trouble": []}
+    good = {"limit": 0.2, "pages": 9, "restored_pages": 9, "missed_pages": 0, "evicted_from_host": 0, "trouble": []}
     assert cold_pages.failures([good]) == []
-    assert (
-        len(cold_pages.failures([{**good, "pages": 0}, {**good, "cached": 0.5}, {**good, "trouble": ["a leak"]}])) == 3
-    )
+    for bad in ({"pages": 0}, {"restored_pages": 0}, {"missed_pages": 1}, {"evicted_from_host": 1}, {"trouble": ["x"]}):
+        assert len(cold_pages.failures([{**good, **bad}])) == 1
