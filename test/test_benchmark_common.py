@@ -183,6 +183,15 @@ def test_both_systems_get_the_same_bytes() -> None:
     assert int(float(mosaic.argv[9]) * (1 << 20)) == mosaic.kv_bytes == stock.kv_bytes == 4100 * 23040
 
 
+def test_a_cache_of_bf16_may_be_asked_for_and_no_other() -> None:
+    argv = ["--compare", "--model-path", "m", "--kv-tokens", "64"]
+    for flags in ("--kv-cache-dtype bfloat16 --dtype float32", "--dtype float32 --kv-cache-dtype=bf16"):
+        compare.check_target(shared_prefix_chat.parse_arguments([*argv, f"--server-args={flags}"]))
+    for flags in ("--kv-cache-dtype fp8_e5m2", "--kv-cache-dtype=bf16x", "--kv-cache-dtype"):
+        with pytest.raises(BenchmarkError, match="computed for a bf16 cache"):
+            compare.check_target(shared_prefix_chat.parse_arguments([*argv, f"--server-args={flags}"]))
+
+
 def test_hicache_and_mosaic_get_the_same_bytes_of_host_memory() -> None:
     argv = ["--compare", "--model-path", "m", "--kv-tokens", "4096", "--host-gb", "3"]
     args = shared_prefix_chat.parse_arguments(argv)

@@ -6,6 +6,7 @@ With host memory for evicted pages: stock without it, SGLang's HiCache and sglan
 from __future__ import annotations
 
 import argparse
+import re
 import shlex
 import sys
 import tempfile
@@ -32,6 +33,7 @@ BYTES_SLACK_MIB = 2
 # Flags that the comparison sets itself, those under which the byte count from config.json would be wrong, and those
 # whose value is what is compared.
 SET_HERE = ("--model-path", "--model", "--host", "--port", "--max-total-tokens", "--enable-cache-report")
+BF16_CACHE = re.compile(r"--kv-cache-dtype(=|\s+)(bfloat16|bf16)(?=\s|$)")
 BREAKS_BYTES = ("--kv-cache-dtype", "--tp", "--tp-size", "--tensor-parallel-size", "--pp-size", "--dp", "--dp-size")
 SELECTS_SYSTEM = (
     "--attention-backend",
@@ -74,7 +76,7 @@ def check_target(args: argparse.Namespace) -> None:
 
 
 def _check_server_args(option: str, text: str) -> None:
-    flags = [word.partition("=")[0] for word in shlex.split(text)]
+    flags = [word.partition("=")[0] for word in shlex.split(BF16_CACHE.sub("", text))]
     for flag in flags:
         if flag in SET_HERE:
             raise BenchmarkError(f"{option} contains {flag}, which the comparison sets itself; leave it out")
