@@ -42,8 +42,8 @@ lint: install ## check the code with ruff
 type: ## check types with mypy: strict below the adapter
 	@$(PY) -m mypy
 
-docs-check: install model ## run the commands of all documents, shortened, but for those that need a GPU
-	@$(PY) scripts/docs_check.py
+docs-check: install model ## run the commands of all documents, shortened, but for those that need a GPU; ARGS=docs/manager.md
+	@$(PY) scripts/docs_check.py $(ARGS)
 
 clean: ## remove caches and build outputs; the virtual environment and the model stay
 	@rm -rf build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis

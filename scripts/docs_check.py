@@ -13,7 +13,8 @@ there. MODEL stands for the default model. What would take hours is shortened, b
 
     <!-- runs on a CPU; --samples 50 => --samples 1; --length 4096 => --length 1024 -->
 
-A block without such a line, and text to be replaced that is not there, are failures.
+A block without such a line, and text to be replaced that is not there, are failures. Arguments choose blocks by how their
+places begin: `docs/manager.md`, `README.md:138`.
 """
 
 from __future__ import annotations
@@ -201,6 +202,8 @@ def main() -> int:
     ).stdout.strip()
     paths = [path for pattern in DOCUMENTS for path in sorted(ROOT.glob(pattern))]
     found = [block for path in paths for block in blocks(path, str(path.relative_to(ROOT)))]
+    wanted = tuple(sys.argv[1:]) or ("",)
+    found = [block for block in found if block.place.startswith(wanted)]
     started: list[_Served] = []
 
     def serve() -> tuple[str, object]:
