@@ -13,8 +13,8 @@ there. MODEL stands for the default model. What would take hours is shortened, b
 
     <!-- runs on a CPU; --samples 50 => --samples 1; --length 4096 => --length 1024 -->
 
-A block without such a line, and text to be replaced that is not there, are failures. Arguments choose blocks by how their
-places begin: `docs/manager.md`, `README.md:138`.
+A block without such a line, and text to be replaced that is not there, are failures. Arguments choose blocks by how
+their places begin: `docs/manager.md`, `README.md:138`.
 """
 
 from __future__ import annotations
