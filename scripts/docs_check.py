@@ -181,7 +181,8 @@ class _Served:
         log = ROOT / SCRATCH / "with-a-server.log"
         settings = {"VENV": sys.prefix, "PORT": str(port)}
         command = ["env", *(f"{name}={value}" for name, value in settings.items()), str(ROOT / "scripts" / "serve.sh")]
-        command += ["--skip-server-warmup", "--sleep-on-idle"]
+        # What asks it how much compression costs would say that there was none.
+        command += ["--skip-server-warmup", "--sleep-on-idle", "--mosaic-encode", "seal"]
         self._process = ServerProcess(command, f"http://{self.address}", log)
         self._process.__enter__()
 

@@ -33,7 +33,7 @@ def sample(second: float, memory: float = 100.0, descriptors: int = 10) -> Sampl
 
 
 def good() -> dict[str, Any]:
-    samples = [sample(i) for i in range(8)]
+    samples = [sample(100 * i) for i in range(8)]
     series = ("memory_mib", "descriptors", "threads")
     return {
         "requests": {"length": 3},
@@ -68,6 +68,11 @@ def test_nothing_may_be_wrong_left_or_growing() -> None:
         {"growth": {**good()["growth"], "descriptors": {"server": (10, 40)}}},
     ):
         assert len(failures({**good(), **change})) == 1, change
+
+
+def test_memory_is_not_judged_before_caches_are_full() -> None:
+    grown = {**good()["growth"], "memory_mib": {"server": (400.0, 460.0)}}
+    assert failures({**good(), "growth": grown, "samples": [vars(sample(i)) for i in (0, 60)]}) == []
 
 
 def test_tables_and_figure_say_what_was_done(tmp_path: Path) -> None:

@@ -57,7 +57,7 @@ def measure_cold(
             real,
             "transform",
             limit,
-            lambda page, limit=limit: codec.pack(real.frames[page], real.position(page), limit) or _kept(real, page),
+            lambda page, limit=limit: _smaller(real, page, codec.pack(real.frames[page], real.position(page), limit)),
             lambda data, page: (
                 codec.unpack(data, real.position(page)) if len(data) < real.frames.shape[1] else real.frames[page]
             ),
@@ -67,9 +67,10 @@ def measure_cold(
     return rows, {"pages": len(sample), "seconds": learning_s, "bytes": len(transform.to_bytes())}
 
 
-def _kept(real: RealFrames, page: int) -> Packed:
-    """A page that the limit leaves as it is."""
-    return Packed(real.frames[page].tobytes(), real.frames[page])
+def _smaller(real: RealFrames, page: int, packed: Packed | None) -> Packed:
+    """A page that is not smaller within the limit stays as it is."""
+    frame = real.frames[page]
+    return packed if packed is not None and len(packed.data) < len(frame) else Packed(frame.tobytes(), frame)
 
 
 def _measure(

@@ -13,6 +13,8 @@ MOST_GROWTH = 1.1
 """Of a process's memory, from the second to the last quarter of the soak."""
 LEAST_GROWTH_MIB = 30.0
 """What a process may grow by in any case: one batch more of requests under way."""
+LEAST_S = 600.0
+"""Soak from which memory is judged: before that caches fill, and the manager may be a few seconds old."""
 MOST_DESCRIPTORS = 20
 """That a process may hold more of in the last quarter: clients that are connected at the moment."""
 
@@ -27,7 +29,8 @@ def failures(result: dict[str, Any]) -> list[str]:
     if not stats["step_audits"]:
         found.append("nothing was audited under load")
     for role, (early, late) in result["growth"]["memory_mib"].items():
-        if late > max(early * MOST_GROWTH, early + LEAST_GROWTH_MIB):
+        judged = result["samples"][-1]["second"] - result["samples"][0]["second"] >= LEAST_S
+        if judged and late > max(early * MOST_GROWTH, early + LEAST_GROWTH_MIB):
             found.append(f"memory of the {role} grew from {early:.0f} to {late:.0f} MiB")
     for role, (early, late) in result["growth"]["descriptors"].items():
         if late > early + MOST_DESCRIPTORS:
