@@ -31,7 +31,7 @@ def memory() -> Iterator[PageMemory]:
     memory.config = dataclasses.replace(memory.config, audit=1)
     memory._canary = PageCanary(memory)
     memory.allocate([*range(1, PAGES + 1)], [1])
-    memory.forward_launched(torch.arange(64, (PAGES + 1) * 64))
+    memory.will_write(torch.arange(64, (PAGES + 1) * 64))
     memory.begin_forward()
     audit(memory)
     yield memory
@@ -105,7 +105,7 @@ def test_pages_may_come_go_and_be_compressed(memory: PageMemory) -> None:
     assert memory.lifecycle.frame[DENSE] == frame
     flip_dense(memory)
     memory.begin_forward()
-    memory.forward_launched(torch.arange(DENSE * 64, (DENSE + 1) * 64))
+    memory.will_write(torch.arange(DENSE * 64, (DENSE + 1) * 64))
     audit(memory)
     # Decided, and not applied before the next forward.
     memory.set_recent_pages(frozenset)

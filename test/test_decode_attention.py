@@ -9,7 +9,6 @@ from sglang_mosaic.cache import decode_attention as module
 from sglang_mosaic.cache import warm_up as warm_up_module
 from sglang_mosaic.cache.continuing import Continuing
 from sglang_mosaic.cache.decode_attention import DecodeAttention
-from sglang_mosaic.cache.frame_decoder import frame_decoder
 from sglang_mosaic.cache.memory import PageMemory
 from sglang_mosaic.cache.mixed_attention import MixedAttention
 from sglang_mosaic.cache.reading import Reading, most_pages, room_for
@@ -217,18 +216,6 @@ def test_tables_stay_where_they_are_unless_more_is_needed(memory):
         assert tables.sizes != sizes and tables.sizes.holds(sizes) and tables.layer(0) is not before
     finally:
         epoch.rare = frozenset()
-
-
-def test_prefill_over_mosaic_pages_decodes_with_the_kernel(memory):
-    q = queries(4)
-    one = sequence(memory, SHORT, 64 * len(SHORT) - 20, 0, 4)
-    found, wanted = torch.full_like(q, torch.nan), torch.full_like(q, torch.nan)
-    tables = SegmentTables(memory)
-    tables.update()
-    MixedAttention(memory, [one], decode=frame_decoder(memory, tables)).run(1, q, found, SCALE)
-    MixedAttention(memory, [one]).run(1, q, wanted, SCALE)
-    # Decoded in float16, and on a GPU attended in it.
-    assert 0 < relative(found, wanted) < 4e-3
 
 
 def test_compiling_in_advance_leaves_the_pool_as_it_is(memory, monkeypatch):

@@ -66,7 +66,7 @@ def test_pages_come_back_as_they_were(encoded: bool) -> None:
     pages = list(range(1, PAGES + 1))
     memory.allocate(pages, sinks=[1])
     memory.begin_forward()
-    memory.forward_launched(torch.arange(PAGE_SIZE, (PAGES + 1) * PAGE_SIZE, device=DEVICE))
+    memory.will_write(torch.arange(PAGE_SIZE, (PAGES + 1) * PAGE_SIZE, device=DEVICE))
     memory.begin_forward()
     first = memory.table.first_mosaic
     assert (memory.table.frames[pages] >= first).tolist() == [False, *[True] * 5, False, False]
@@ -114,7 +114,7 @@ def test_damaged_pages_are_not_valid() -> None:
     memory = pool()
     memory.allocate([1, 2, 3], sinks=[])
     memory.begin_forward()
-    memory.forward_launched(torch.arange(PAGE_SIZE, 4 * PAGE_SIZE, device=DEVICE))
+    memory.will_write(torch.arange(PAGE_SIZE, 4 * PAGE_SIZE, device=DEVICE))
     memory.begin_forward()
     epoch = memory.epochs.current
     row = bytearray(
@@ -135,7 +135,7 @@ def test_without_a_calibration_pages_go_and_come_uncompressed(encode: str) -> No
     memory.begin_forward()
     for x in (*memory.dense_k, *memory.dense_v):
         x.copy_(torch.randn_like(x))
-    memory.forward_launched(torch.arange(PAGE_SIZE, 4 * PAGE_SIZE, device=DEVICE))
+    memory.will_write(torch.arange(PAGE_SIZE, 4 * PAGE_SIZE, device=DEVICE))
     memory.begin_forward()
     before = contents(memory, [1, 2, 3])
     keys = page_keys(namespace("test"), range(3 * PAGE_SIZE))

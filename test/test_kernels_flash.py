@@ -22,30 +22,26 @@ def tensors(tokens, keys, heads, group, dim, dtype, seed=0):
 
 def assert_close(found, wanted, dtype):
     error = torch.finfo(dtype).eps if DEVICE == "cuda" else 0.0
-    torch.testing.assert_close(found[0], wanted[0], rtol=4 * error, atol=2 * error)
+    torch.testing.assert_close(found[0].float(), wanted[0], rtol=4 * error, atol=2 * error)
     torch.testing.assert_close(found[1], wanted[1], rtol=0, atol=1e-3 if error else 0.0)
-    assert found[0].dtype == found[1].dtype == torch.float32
-    # Kernels read them.
-    assert DEVICE == "cpu" or all(x.is_contiguous() for x in found)
+    assert found[0].dtype == (dtype if error else torch.float32) and found[1].dtype == torch.float32
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize(
     ("tokens", "keys", "heads", "group", "dim"),
     [(1, 1, 1, 1, 64), (70, 70, 2, 3, 64), (33, 500, 8, 4, 128), (200, 201, 1, 8, 128), (5, 64, 3, 1, 80),
      (9, 40, 2, 2, 256)],
 )  # fmt: skip
-def test_every_shape(tokens, keys, heads, group, dim, causal, dtype) -> None:
+def test_every_shape(tokens, keys, heads, group, dim, dtype) -> None:
     q, k, v = tensors(tokens, keys, heads, group, dim, dtype)
-    offset = keys - tokens if causal else None
-    assert_close(attend(q, k, v, SCALE, offset), reference.attend(q, k, v, SCALE, offset), dtype)
+    assert_close(attend(q, k, v, SCALE), reference.attend(q, k, v, SCALE), dtype)
 
 
 def test_token_major_keys_and_float32_queries() -> None:
     q, k, v = tensors(20, 90, 2, 4, 64, torch.float16)
     k, v = (x.transpose(0, 1).contiguous().transpose(0, 1) for x in (k, v))
-    assert_close(attend(q.float(), k, v, SCALE, 70), reference.attend(q, k, v, SCALE, 70), torch.float16)
+    assert_close(attend(q.float(), k, v, SCALE), reference.attend(q, k, v, SCALE), torch.float16)
 
 
 def test_large_queries_do_not_become_infinite() -> None:
@@ -54,10 +50,9 @@ def test_large_queries_do_not_become_infinite() -> None:
     assert out.isfinite().all() and lse.isfinite().all()
 
 
-@pytest.mark.parametrize(("keys", "offset"), [(0, None), (10, -3), (40, 5), (10, 20)])
-def test_what_flash_attention_cannot_do_is_right_too(keys: int, offset: int | None) -> None:
-    q, k, v = tensors(12, keys, 2, 2, 64, torch.bfloat16)
-    found, wanted = attend(q, k, v, SCALE, offset), reference.attend(q, k, v, SCALE, offset)
+def test_no_keys() -> None:
+    q, k, v = tensors(12, 0, 2, 2, 64, torch.bfloat16)
+    found, wanted = attend(q, k, v, SCALE), reference.attend(q, k, v, SCALE)
     assert torch.equal(found[0], wanted[0]) and torch.equal(found[1], wanted[1])
 
 
@@ -78,13 +73,13 @@ def test_shapes_that_do_not_fit_are_refused() -> None:
 def test_new_tokens_of_several_contexts(contexts, heads, group, dim) -> None:
     parts = [tensors(new, tokens, heads, group, dim, torch.bfloat16, i) for i, (new, tokens) in enumerate(contexts)]
     wanted = [
-        reference.attend(q, k, v, SCALE, tokens - new)[0]
-        for (q, k, v), (new, tokens) in zip(parts, contexts, strict=True)
+        reference.attend(q, k, v, SCALE, tokens - new) for (q, k, v), (new, tokens) in zip(parts, contexts, strict=True)
     ]
     news, alls = zip(*contexts, strict=True)
     starts = (torch.tensor([0, *x]).cumsum(0, dtype=torch.int32).to(DEVICE) for x in (news, alls))
     q = torch.cat([q for q, *_ in parts])
     k, v = (torch.cat([part[i].transpose(0, 1) for part in parts]) for i in (1, 2))
-    found = attend_causally(q, k, v, *starts, max(news), max(alls), SCALE)
-    assert found.dtype == torch.bfloat16
-    torch.testing.assert_close(found.float(), torch.cat(wanted), rtol=0.02, atol=0.02)
+    out, lse = attend_causally(q, k, v, *starts, max(news), max(alls), SCALE)
+    assert out.dtype == torch.bfloat16
+    torch.testing.assert_close(out.float(), torch.cat([one for one, _ in wanted]), rtol=0.02, atol=0.02)
+    torch.testing.assert_close(lse, torch.cat([one for _, one in wanted]), rtol=0, atol=1e-3)

@@ -48,7 +48,7 @@ def stats() -> dict[str, Any]:
     managers in process do not have."""
     memory = pool()
     memory.allocate([*range(1, 9)], [1])
-    memory.forward_launched(torch.arange(64, 9 * 64))
+    memory.will_write(torch.arange(64, 9 * 64))
     memory.begin_forward()
     memory.host.tier.poll()
     if torch.cuda.is_available():
@@ -272,9 +272,7 @@ def test_errors_of_encoding_are_those_of_the_pages() -> None:
     errors = EncodingErrors(2, torch.device("cpu"))
     assert errors.stats()["error"] == errors.stats()["error_worst_layer"] == 0
     for batch in ([[0.1, 0.3]], [[0.2, 0.2], [0.4, 0.0]]):
-        errors.add(0, torch.tensor(batch))
-        errors.add(1, torch.zeros(len(batch), 2))
-        errors.encoded(len(batch))
+        errors.add(torch.stack([torch.tensor(batch), torch.zeros(len(batch), 2)]))
     stats = errors.stats()
     squares = [(0.01 + 0.09) / 2, 0.04, 0.08]
     assert stats["error_by_layer"] == pytest.approx([math.sqrt(sum(squares) / 3), 0])

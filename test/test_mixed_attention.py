@@ -37,7 +37,7 @@ def write(memory: PageMemory, pages: list[int], k=None, v=None) -> None:
         memory.codec.observe_queries(layer, torch.randn(64, HEADS * GROUP, DIM).to(device))
         memory.dense_k[layer][rows] = k[layer].bfloat16().to(device)
         memory.dense_v[layer][rows] = v[layer].bfloat16().to(device)
-    memory.forward_launched(slots)
+    memory.will_write(slots)
 
 
 def append(memory: PageMemory, pages: list[int], k=None, v=None, sinks=()) -> None:

@@ -139,7 +139,7 @@ class Pool(RuleBasedStateMachine):
         self.memory.begin_forward()
         self._check_reads()
         self.lagging = (self.memory.table.dense_slots(slots), values)
-        self.memory.forward_launched(slots)
+        self.memory.will_write(slots)
         for request in self.requests:
             request.written = request.length
         if self.tier is not None:

@@ -39,7 +39,7 @@ def memory() -> Iterator[PageMemory]:
     """A pool with five compressed pages, 2 to 6."""
     memory = pool()
     memory.allocate([*range(1, 9)], [1])
-    memory.forward_launched(torch.arange(64, 9 * 64))
+    memory.will_write(torch.arange(64, 9 * 64))
     memory.begin_forward()
     yield memory
     memory.host.tier.close()

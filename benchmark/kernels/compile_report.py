@@ -39,6 +39,8 @@ from mosaic_kernels.combine import launch as combine
 from mosaic_kernels.combine.kernel import combine_kernel, join_items_kernel
 from mosaic_kernels.far_field import launch as far_field
 from mosaic_kernels.far_field.kernel import far_field_kernel
+from mosaic_kernels.merge_lse import launch as merge_lse
+from mosaic_kernels.merge_lse.kernel import merge_rows_kernel
 from mosaic_kernels.plan_step import launch as plan_step
 from mosaic_kernels.plan_step.kernel import count_pages_kernel, place_pages_kernel
 from mosaic_kernels.plan_step.step import SHARE_BITS
@@ -48,6 +50,8 @@ from mosaic_kernels.rotate_pages import launch as rotate_pages
 from mosaic_kernels.rotate_pages.kernel import rotate_kernel
 from mosaic_kernels.rotate_queries import launch as rotate_queries
 from mosaic_kernels.rotate_queries.kernel import rotate_queries_kernel
+from mosaic_kernels.rotate_rows import launch as rotate_rows
+from mosaic_kernels.rotate_rows.kernel import rotate_rows_kernel
 from mosaic_kernels.scan import launch as scan
 from mosaic_kernels.scan.kernel import scan_kernel
 from mosaic_kernels.segment_choice import launch as segment_choice
@@ -131,6 +135,22 @@ KERNELS = {
         rotate_queries,
         (("COLUMNS", rotate_queries.COLUMNS), WIDE),
         types=(("q", "*bf16"), ("basis", "*fp32")),
+    ),
+    "rotate_rows": Kernel(
+        rotate_rows_kernel,
+        rotate_rows,
+        (("ROWS", rotate_rows.ROWS), ("COLUMNS", rotate_rows.COLUMNS), ("PART", rotate_rows.PART)),
+        types=(("basis", "*fp32"), ("out", "*fp16"), ("x_stride", "i32"), ("MOST", "fp32")),
+    ),
+    "merge_rows": Kernel(
+        merge_rows_kernel,
+        merge_lse,
+        (("ROWS", merge_lse.ROWS), ("COLUMNS", merge_lse.COLUMNS), ("PART", merge_lse.PART), ("PLACED", True)),
+        types=(
+            ("out", "*bf16"), ("found", "*fp16"), ("found_lse", "*fp32"), ("basis", "*fp32"), ("places", "*i64"),
+            *((name, "i32") for name in ("out_stride", "lse_stride", "lse_head", "found_stride", "found_head",
+                                         "found_lse_stride", "found_lse_head")),
+        ),
     ),
     "attend_dense": Kernel(
         attend_dense_kernel,

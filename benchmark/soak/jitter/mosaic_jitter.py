@@ -19,8 +19,8 @@ from typing import Any
 FILE = "MOSAIC_JITTER"
 SHORT_S = 0.002
 POINTS = {
-    # What the scheduler decided is noted; what the next forward reads is published; it was launched.
-    "sglang_mosaic.cache.memory:PageMemory": ("allocate", "free", "restore", "begin_forward", "forward_launched"),
+    # What the scheduler decided is noted; what the next forward reads is published, and what it writes.
+    "sglang_mosaic.cache.memory:PageMemory": ("allocate", "free", "restore", "begin_forward", "will_write"),
     "sglang_mosaic.pool.page_table:PageTable": ("update",),
     # Copies to the host and back begin, and have arrived.
     "sglang_mosaic.cache.host_traffic:HostTraffic": ("evicted", "copy_out", "bring_back"),

@@ -1,45 +1,40 @@
-"""Attention with log-sum-exp: torch's flash attention where it can, the reference elsewhere."""
+"""Attention of new tokens with log-sum-exp: torch's flash attention where it can, the reference elsewhere."""
 
 from __future__ import annotations
 
 import torch
 
 from mosaic_kernels.attend import reference
-from mosaic_kernels.merge_lse.reference import merge
 
 _FLASH_DTYPES = torch.bfloat16, torch.float16
 _FLASH_DIM = 256
 
 
-def attend(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, causal_offset: int | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """As `reference.attend`, in the dtype of K and V where that is bfloat16 or float16 on a GPU.
+def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Every token attends to every key.
 
-    Then queries and weights are rounded to it, and queries beyond float16 saturate. Sums are float32.
+    Where K and V are bfloat16 or float16 on a GPU, queries and weights are rounded to it, and queries beyond float16
+    saturate. Sums are float32.
 
     Args:
         q: [Tq, Hq, D] float.
         k, v: [Hkv, Tk, D], channels next to each other.
-        scale, causal_offset: as of the reference.
+        scale: factor of the logits.
 
     Returns:
-        out [Tq, Hq, D] and lse [Tq, Hq], float32.
+        out [Tq, Hq, D], in the type of K where that is rounded, else float32; lse float32 [Tq, Hq], of any strides.
 
     Raises:
         ValueError: shapes do not fit together.
     """
     if not _flash_can(q, k, v):
-        return reference.attend(q, k, v, scale, causal_offset)
-    if causal_offset is None:
-        return _flash(q, k, v, scale, causal=False)
-    if causal_offset < 0 or k.shape[1] != len(q) + causal_offset:
-        return reference.attend(q, k, v, scale, causal_offset)
-    # Apart, so that it does not matter to which corner a mask that is no square belongs.
-    new = _flash(q, k[:, causal_offset:], v[:, causal_offset:], scale, causal=True)
-    if not causal_offset:
-        return new
-    return merge(*new, *_flash(q, k[:, :causal_offset], v[:, :causal_offset], scale, causal=False))
+        return reference.attend(q, k, v, scale)
+    keys, values = k.transpose(0, 1)[None], v.transpose(0, 1)[None]
+    # The operator behind scaled_dot_product_attention, as only it gives the log-sum-exp and takes heads in groups.
+    out, lse, *_ = torch.ops.aten._flash_attention_forward(
+        _as(q, k.dtype)[None], keys, values, None, None, len(q), k.shape[1], 0.0, False, False, scale=scale
+    )
+    return out[0], lse[0].transpose(0, 1)
 
 
 def attend_causally(
@@ -51,7 +46,7 @@ def attend_causally(
     most_queries: int,
     most_keys: int,
     scale: float,
-) -> torch.Tensor:
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The last tokens of R contexts attend to what lies before each of them and to itself.
 
     Args:
@@ -62,21 +57,22 @@ def attend_causally(
         scale: factor of the logits.
 
     Returns:
-        [new tokens, Hq, D] in the type of q.
+        out [new tokens, Hq, D] in the type of q; lse float32 [new tokens, Hq], of any strides.
     """
     if _flash_can(q, k.transpose(0, 1), v.transpose(0, 1)):
         # Its mask ends in the corner of the last query and the last key.
-        out, *_ = torch.ops.aten._flash_attention_forward(
+        out, lse, *_ = torch.ops.aten._flash_attention_forward(
             _as(q, k.dtype), k, v, queries, keys, most_queries, most_keys, 0.0, True, False, scale=scale
         )
-        return out.to(q.dtype)
+        return out.to(q.dtype), lse.transpose(0, 1)
     found = []
     for first, last, start, stop in zip(
         *(x.tolist() for x in (queries[:-1], queries[1:], keys[:-1], keys[1:])), strict=True
     ):
         own = k[start:stop].transpose(0, 1), v[start:stop].transpose(0, 1)
-        found.append(reference.attend(q[first:last], *own, scale, stop - start - (last - first))[0])
-    return torch.cat(found).to(q.dtype)
+        found.append(reference.attend(q[first:last], *own, scale, stop - start - (last - first)))
+    outs, lses = zip(*found, strict=True)
+    return torch.cat(outs).to(q.dtype), torch.cat(lses)
 
 
 def _flash_can(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
@@ -94,17 +90,6 @@ def _flash_can(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
         and bool(k.shape[1])
         and k.stride(-1) == v.stride(-1) == 1
     )
-
-
-def _flash(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, causal: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
-    keys, values = k.transpose(0, 1)[None], v.transpose(0, 1)[None]
-    # The operator behind scaled_dot_product_attention, as only it gives the log-sum-exp and takes heads in groups.
-    out, lse, *_ = torch.ops.aten._flash_attention_forward(
-        _as(q, k.dtype)[None], keys, values, None, None, len(q), k.shape[1], 0.0, causal, False, scale=scale
-    )
-    return out[0].float(), lse[0].transpose(0, 1).contiguous()
 
 
 def _as(q: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

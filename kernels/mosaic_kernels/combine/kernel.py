@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from mosaic_kernels.merge_lse.kernel import merge
 from mosaic_kernels.merge_pieces import add_pieces, join_pieces, no_pieces
 
 
@@ -28,19 +29,6 @@ def join_items_kernel(
 
 
 @triton.jit
-def _add(out, lse, found, total):
-    """Attention over the union of two sets of tokens; lse -inf: an empty one, whose output does not count."""
-    top = tl.maximum(lse, total)
-    top = tl.where(top == float("-inf"), 0.0, top)
-    here, there = tl.exp(lse - top), tl.exp(total - top)
-    both = here + there
-    share = tl.maximum(both, 1.0)
-    out = tl.where((lse == float("-inf"))[:, None], 0.0, out) * (here / share)[:, None]
-    found = tl.where((total == float("-inf"))[:, None], 0.0, found) * (there / share)[:, None]
-    return out + found, top + tl.log(both)
-
-
-@triton.jit
 def combine_kernel(
     joined, joined_lse, dense_out, dense_lse, unrotate, first_item, epochs, result,
     HEADS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, DV: tl.constexpr, V_DIM: tl.constexpr,
@@ -63,5 +51,5 @@ def combine_kernel(
         basis = unrotate + (tl.load(epochs + item) * HEADS + head) * V_DIM * V_DIM
         square = (c < V_DIM)[:, None] & (to < V_DIM)[None, :]
         turn = tl.load(basis + c[:, None] * V_DIM + to[None, :], mask=square, other=0)
-        out, lse = _add(out, lse, tl.dot(mine, turn, input_precision="tf32x3"), found)
+        out, lse = merge(out, lse, tl.dot(mine, turn, input_precision="tf32x3"), found)
     tl.store(result + dense_at[:, None] * V_DIM + to[None, :], out.to(result.dtype.element_ty), mask=inside)

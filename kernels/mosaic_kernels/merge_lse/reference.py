@@ -28,3 +28,18 @@ def merge(
     a = torch.where((lse_a == -torch.inf)[..., None], 0.0, out_a.float()) * (weight_a / share)[..., None]
     b = torch.where((lse_b == -torch.inf)[..., None], 0.0, out_b.float()) * (weight_b / share)[..., None]
     return a + b, top + torch.log(total)
+
+
+def merge_rows(
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    found: torch.Tensor,
+    found_lse: torch.Tensor,
+    basis: torch.Tensor,
+    places: torch.Tensor | None = None,
+) -> None:
+    """As `launch.merge_rows`."""
+    turned = torch.einsum("thgd,hde->thge", found.float().unflatten(1, (len(basis), -1)), basis).flatten(1, 2)
+    at = torch.arange(len(found), device=out.device) if places is None else places
+    merged, both = merge(out[at], lse[at], turned, found_lse)
+    out[at], lse[at] = merged.to(out.dtype), both

@@ -1,13 +1,14 @@
 """SGLang attention backend ``mosaic``: SGLang's torch attention on dense pages, ours where a page is mosaic.
 
 Requests without a mosaic page go through the unchanged ``torch_native`` code on translated slots, so that with
-compression off the output is bit-identical to it. On a GPU, kernels read both kinds of pages in decode steps, which
-CUDA graphs can replay.
+compression off the output is bit-identical to it. On a GPU, kernels read both kinds of pages; CUDA graphs can replay
+their decode steps.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,7 +17,6 @@ from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 from sglang.srt.runtime_context import get_parallel
 
 from sglang_mosaic.cache.continuing import Continuing
-from sglang_mosaic.cache.dense_prefill import DensePrefill
 from sglang_mosaic.cache.mixed_attention import MixedAttention, Sequence
 from sglang_mosaic.cache.readers import Readers
 from sglang_mosaic.cache.reading import Reading, most_pages, room_for
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 
     from sglang_mosaic.cache.decode_attention import DecodeStep
+    from sglang_mosaic.cache.prefill_attention import PrefillAttention
 
 
 @dataclasses.dataclass
@@ -41,8 +42,6 @@ class _Plan:
     extend_lens: torch.Tensor
     dense: list[range]
     """Runs of requests without a mosaic page."""
-    prefills: list[DensePrefill]
-    """Of those runs, on a GPU."""
     first_query: list[int]
     """Row of each request's first query, and the total."""
     mixed: MixedAttention | None
@@ -57,6 +56,14 @@ class _Decode:
     write_loc: KVWriteLoc
 
 
+@dataclasses.dataclass
+class _Prefill:
+    """What all layers of one prefill by kernels share."""
+
+    attention: PrefillAttention
+    write_loc: KVWriteLoc
+
+
 class MosaicAttentionBackend(TorchNativeAttnBackend):
     """One per model runner."""
 
@@ -64,7 +71,7 @@ class MosaicAttentionBackend(TorchNativeAttnBackend):
         super().__init__(runner)
         self.memory = runner.token_to_kv_pool.memory
         self.start_layer = runner.token_to_kv_pool.start_layer
-        self._plan: _Plan | _Decode | None = None
+        self._plan: _Plan | _Decode | _Prefill | None = None
         heads = runner.model_config.num_attention_heads // get_parallel().attn_tp_size
         self._readers = Readers(self.memory, heads // self.memory.dense_k[0].shape[1])
         self._decoding = self._readers.decoding
@@ -83,10 +90,12 @@ class MosaicAttentionBackend(TorchNativeAttnBackend):
         self._plan = None
         if forward_batch.forward_mode.is_idle():
             return
-        if self._decoding is not None and forward_batch.forward_mode.is_decode():
+        if self._decoding is None:
+            self._plan = self._make_plan(forward_batch)
+        elif forward_batch.forward_mode.is_decode():
             self._plan_eager(forward_batch)
         else:
-            self._plan = self._make_plan(forward_batch)
+            self._plan = self._plan_prefill(forward_batch)
 
     # Decode steps by kernels.
 
@@ -153,48 +162,44 @@ class MosaicAttentionBackend(TorchNativeAttnBackend):
         step = self._steps[forward_batch.batch_size]
         self._plan = _Decode(step, self.reading, self._write_loc(forward_batch))
 
-    # Everything else.
+    # Prefills by kernels.
+
+    def _plan_prefill(self, batch: ForwardBatch) -> _Prefill:
+        return _Prefill(self._readers.prefill(self._sequences(batch)), self._write_loc(batch))
+
+    # By the reference.
 
     def _make_plan(self, batch: ForwardBatch) -> _Plan:
-        table = self.memory.table
-        lengths = _lengths(batch)
-        seq_lens = torch.tensor(lengths)
-        if batch.forward_mode.is_decode():
-            extend_lens = torch.ones_like(seq_lens)
-        else:
-            extend_lens = batch.extend_seq_lens.cpu()
-        first_query = [0, *torch.cumsum(extend_lens, 0).tolist()]
-        slots = self.req_to_token_pool.req_to_token[batch.req_pool_indices, : max(lengths)]
-        frames = table.frames[slots[:, ::PAGE_SIZE].to(torch.int64) // PAGE_SIZE].cpu()
-
-        decoding = batch.forward_mode.is_decode()
-        selecting = bool(self.memory.config.select) and decoding
-        keys = batch.req_pool_indices.tolist() if selecting else [None] * len(lengths)
-        mixed = []
-        is_dense = []
-        for i, tokens in enumerate(lengths):
-            own = frames[i, : pages_for(tokens)]
-            is_dense.append(not bool((own >= table.first_mosaic).any()))
-            if not is_dense[-1]:
-                queries = first_query[i + 1] - first_query[i]
-                mixed.append(Sequence(own, tokens, first_query[i], queries, keys[i]))
-        rows, dense = table.dense_slots(slots), _runs(is_dense)
-        prefix_lens = seq_lens - extend_lens
-        prefills = []
-        if rows.is_cuda and not decoding:
-            own = [slice(run.start, run.stop) for run in dense]
-            prefills = [DensePrefill(rows[x], prefix_lens[x].tolist(), extend_lens[x].tolist()) for x in own]
+        first_mosaic = self.memory.table.first_mosaic
+        sequences = self._sequences(batch)
+        is_dense = [not bool((sequence.frames >= first_mosaic).any()) for sequence in sequences]
+        mixed = [sequence for sequence, dense in zip(sequences, is_dense, strict=True) if not dense]
+        seq_lens, extend_lens = (torch.tensor(x) for x in zip(*((s.tokens, s.queries) for s in sequences), strict=True))
+        slots = self.req_to_token_pool.req_to_token[batch.req_pool_indices, : int(seq_lens.max())]
         return _Plan(
             write_loc=self._write_loc(batch),
-            rows=rows,
+            rows=self.memory.table.dense_slots(slots),
             seq_lens=seq_lens,
-            prefix_lens=prefix_lens,
+            prefix_lens=seq_lens - extend_lens,
             extend_lens=extend_lens,
-            dense=dense,
-            prefills=prefills,
-            first_query=first_query,
+            dense=_runs(is_dense),
+            first_query=[*(sequence.first_query for sequence in sequences), int(extend_lens.sum())],
             mixed=self._readers.plan(mixed) if mixed else None,
         )
+
+    def _sequences(self, batch: ForwardBatch) -> list[Sequence]:
+        """The requests of a batch; waits for the device."""
+        decoding, lengths = batch.forward_mode.is_decode(), _lengths(batch)
+        news = [1] * len(lengths) if decoding else batch.extend_seq_lens_cpu
+        if news is None:
+            news = batch.extend_seq_lens.tolist()
+        firsts = itertools.accumulate(news, initial=0)
+        pages = self.req_to_token_pool.req_to_token[batch.req_pool_indices, : max(lengths) : PAGE_SIZE] // PAGE_SIZE
+        frames = self.memory.table.frames[pages.long()].cpu()
+        selecting = bool(self.memory.config.select) and decoding
+        keys = batch.req_pool_indices.tolist() if selecting else [None] * len(lengths)
+        rows = zip(frames, lengths, firsts, news, keys, strict=False)  # firsts has the end as well
+        return [Sequence(own[: pages_for(tokens)], tokens, first, new, key) for own, tokens, first, new, key in rows]
 
     def forward_extend(
         self, q, k, v, layer: RadixAttention, forward_batch: ForwardBatch, save_kv_cache: bool = True
@@ -212,27 +217,25 @@ class MosaicAttentionBackend(TorchNativeAttnBackend):
         if save_kv_cache and k is not None and v is not None:
             self.token_to_kv_pool.set_kv_buffer(layer, plan.write_loc, k, v)
         queries = q.reshape(-1, layer.tp_q_head_num, layer.qk_head_dim)
+        index = layer.layer_id - self.start_layer
         if isinstance(plan, _Decode):
-            return self._decoding.run(
-                plan.step, plan.reading, layer.layer_id - self.start_layer, queries, layer.scaling
-            ).view(-1, layer.tp_q_head_num * layer.v_head_dim)
-        out = q.new_empty(queries.shape[0], layer.tp_q_head_num, layer.v_head_dim)
-        for i, run in enumerate(plan.dense):
-            tokens = slice(plan.first_query[run.start], plan.first_query[run.stop])
-            if plan.prefills and k is not None:
-                new = (
-                    k.view(-1, layer.tp_k_head_num, layer.qk_head_dim)[tokens],
-                    v.view(-1, layer.tp_v_head_num, layer.v_head_dim)[tokens],
+            out = self._decoding.run(plan.step, plan.reading, index, queries, layer.scaling)
+        elif isinstance(plan, _Prefill):
+            new = (
+                None if x is None else x.view(-1, heads, dim)
+                for x, heads, dim in (
+                    (k, layer.tp_k_head_num, layer.qk_head_dim),
+                    (v, layer.tp_v_head_num, layer.v_head_dim),
                 )
-                slabs = (
-                    self.memory.dense_k[layer.layer_id - self.start_layer],
-                    self.memory.dense_v[layer.layer_id - self.start_layer],
-                )
-                out[tokens] = plan.prefills[i].run(queries[tokens], *new, slabs, layer.scaling)
-            else:
+            )
+            out = plan.attention.run(index, queries, *new, layer.scaling)
+        else:
+            out = q.new_empty(queries.shape[0], layer.tp_q_head_num, layer.v_head_dim)
+            for run in plan.dense:
+                tokens = slice(plan.first_query[run.start], plan.first_query[run.stop])
                 run_dense(queries[tokens], out[tokens], layer, run)
-        if plan.mixed is not None:
-            plan.mixed.run(layer.layer_id - self.start_layer, queries, out, layer.scaling)
+            if plan.mixed is not None:
+                plan.mixed.run(index, queries, out, layer.scaling)
         return out.view(-1, layer.tp_q_head_num * layer.v_head_dim)
 
     def _decode_run(self, q: torch.Tensor, out: torch.Tensor, layer: RadixAttention, run: range) -> None:

@@ -59,14 +59,14 @@ def _bracket_forward(runner: Any) -> None:
     @functools.wraps(forward)
     def bracketed(forward_batch: Any, *args: Any, **kwargs: Any) -> Any:
         memory.begin_forward()
+        if forward_batch.out_cache_loc is not None:
+            memory.will_write(forward_batch.out_cache_loc)
         # Nobody asks for the rate but who may bring pages back instead.
         timed = memory.host is not None and forward_batch.forward_mode.is_extend()
         started = rate.start(device) if timed else None
         output = forward(forward_batch, *args, **kwargs)
         if timed:
             rate.stop(started, forward_batch.extend_num_tokens)
-        if forward_batch.out_cache_loc is not None:
-            memory.forward_launched(forward_batch.out_cache_loc)
         return output
 
     runner.forward = bracketed

@@ -30,13 +30,10 @@ class EncodingErrors:
         self._under_way: deque[_Reading] = deque()
         self._read = _Reading(0, torch.zeros(layers, dtype=torch.float64), None)
 
-    def add(self, layer: int, errors: torch.Tensor) -> None:
-        """Errors of a batch of pages in one layer, float32 [pages, heads], as `Epoch.encode` gives them."""
-        self._sums[layer] += errors.double().square().mean(1).sum()
-
-    def encoded(self, pages: int) -> None:
-        """All layers of a batch of pages were added. Call in the stream of `add`."""
-        self._pages += pages
+    def add(self, errors: torch.Tensor) -> None:
+        """Errors of a batch of pages, float32 [layers, pages, heads], as `Epoch.encode` gives them."""
+        self._sums += errors.double().square().mean(2).sum(1)
+        self._pages += errors.shape[1]
         if self._sums.is_cuda:
             sums = torch.empty(self._sums.shape, dtype=self._sums.dtype, pin_memory=True)
             sums.copy_(self._sums, non_blocking=True)

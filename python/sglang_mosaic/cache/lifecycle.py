@@ -109,11 +109,15 @@ class PageLifecycle:
         plan: frames of each kind.
         recent_pages: returns the pages in the recent windows of running requests; they are encoded last. Called only
             when victims are chosen, since it may have to read the device.
+        least_cold: pages that must have been sealed before `encode_cold` looks again.
     """
 
-    def __init__(self, plan: MemoryPlan, recent_pages: Callable[[], Collection[int]] = frozenset) -> None:
+    def __init__(
+        self, plan: MemoryPlan, recent_pages: Callable[[], Collection[int]] = frozenset, *, least_cold: int = 1
+    ) -> None:
         self.plan = plan
         self.recent_pages = recent_pages
+        self._least_cold = least_cold
         self.dense = FrameList("dense", 1, plan.dense_frames)
         self.mosaic = FrameList("mosaic", plan.dense_frames + 1, plan.mosaic_frames)
         self.counters = Counters()
@@ -131,7 +135,7 @@ class PageLifecycle:
         self.costly: set[int] = set()
         """Sealed pages that exceed the error limit; whoever judges pages adds them."""
         self._new: dict[int, None] = {}
-        self._newly_sealed = False
+        self._newly_sealed = 0
         self._operations: dict[int, Operation] = {}
         """By turn."""
         self._turns = itertools.count()
@@ -171,7 +175,7 @@ class PageLifecycle:
             if self.state[page] is PageState.OPEN:
                 self.state[page] = PageState.SEALED
                 self.sealed[page] = self._new[page] = None
-                self._newly_sealed = True
+                self._newly_sealed += 1
 
     def take_new(self) -> list[int]:
         """Sealed pages that were not handed out by this method before."""
@@ -247,11 +251,11 @@ class PageLifecycle:
     def encode_cold(self) -> None:
         """SEALED -> ENCODING for every sealed page outside recent windows that is no sink, as far as frames allow.
 
-        Looks only after another page was sealed: windows move with the pages that fill up, and finding them may have to
+        Looks only after other pages were sealed: windows move with the pages that fill up, and finding them may have to
         read the device, which no decode step should wait for.
         """
-        if self._newly_sealed and self.mosaic.free:
-            self._newly_sealed = False
+        if self._newly_sealed >= self._least_cold and self.mosaic.free:
+            self._newly_sealed = 0
             self._reserve(self._victims(self.mosaic.free).cold)
 
     def take_updates(self) -> Updates:

@@ -18,6 +18,7 @@ from sglang_mosaic.cache.host_tier import HostTier
 from sglang_mosaic.cache.host_traffic import HostTraffic
 from sglang_mosaic.cache.lifecycle import Copy, Encoding, Operation, PageLifecycle
 from sglang_mosaic.cache.samples import PageSamples, SampledPage
+from sglang_mosaic.cache.written_slots import WrittenSlots
 from sglang_mosaic.codec.base import Codec, Epoch
 from sglang_mosaic.codec.calibration_job import statistics_to_bytes
 from sglang_mosaic.codec.planes import planes_codec_of, planes_of
@@ -41,6 +42,7 @@ class PageMemory:
         epoch: a calibration to begin with; None: make one when the first page is encoded.
         on_epoch: told about every calibration that is made here.
         beside: where calibrations are made while this goes on, if no manager makes them; None: here, and all waits.
+        least_cold: as of `PageLifecycle`.
     """
 
     def __init__(
@@ -54,6 +56,7 @@ class PageMemory:
         epoch: Epoch | None = None,
         on_epoch: Callable[[Epoch], None] = lambda epoch: None,
         beside: CalibrationProcess | None = None,
+        least_cold: int = 1,
     ) -> None:
         device = dense_k[0].device
         self.plan = plan
@@ -73,12 +76,12 @@ class PageMemory:
         self._samples = PageSamples(self._read)
         self._unjudged: list[int] = []
         self._errors = EncodingErrors(len(dense_k), device)
-        self.lifecycle = PageLifecycle(plan)
+        self.lifecycle = PageLifecycle(plan, least_cold=least_cold)
         self.host: HostTraffic | None = None
         self.audits = self.step_audits = 0
         self._audited: int | None = None
         self._canary = PageCanary(self) if config.audit else None
-        self._written: list[torch.Tensor] = []
+        self._written = WrittenSlots()
 
     def set_recent_pages(self, recent_pages: Callable[[], Collection[int]]) -> None:
         """Tell which pages lie in the recent windows of running requests."""
@@ -145,9 +148,9 @@ class PageMemory:
             self._apply(kind, list(run))
         self.table.update(updates.table)
 
-    def forward_launched(self, slots: torch.Tensor) -> None:
-        """A forward that writes these logical slots (integer ``[tokens]``) has been launched."""
-        self._written.append(slots)
+    def will_write(self, slots: torch.Tensor) -> None:
+        """The forward that follows writes these logical slots (integer ``[tokens]``). Call last thing before it."""
+        self._written.add(slots)
 
     def dense_rows(self, layer: int, frames: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """K and V ``[frames, 64, kv_heads, dim]`` of dense frames, copied."""
@@ -251,12 +254,7 @@ class PageMemory:
 
     def _seal_written(self) -> None:
         # Must run before every allocation: read any later, a slot could name the next life of a page freed meanwhile.
-        if not self._written:
-            return
-        slots = torch.cat(self._written)
-        self._written.clear()
-        last = slots[slots % PAGE_SIZE == PAGE_SIZE - 1]
-        self.lifecycle.seal((last // PAGE_SIZE).tolist())
+        self.lifecycle.seal(self._written.take())
 
     def _apply(self, kind: type[Operation], operations: list[Any]) -> None:
         if kind is Encoding:
@@ -276,11 +274,12 @@ class PageMemory:
         epoch = self._newest
         source = torch.tensor(dense, device=device)
         rows = torch.tensor([e.mosaic_frame for e in encodings], device=device) - self.table.first_mosaic
+        errors = []
         for layer in range(len(self.dense_k)):
-            data, errors = epoch.encode(layer, *self.dense_rows(layer, source))
+            data, of_layer = epoch.encode(layer, *self.dense_rows(layer, source))
             self.slab.frames[:, epoch.span(layer)].index_copy_(0, rows, data)
-            self._errors.add(layer, errors)
-        self._errors.encoded(len(encodings))
+            errors.append(of_layer)
+        self._errors.add(torch.stack(errors))
         self.epochs.written(e.mosaic_frame for e in encodings)
 
     @property

@@ -2,25 +2,21 @@
 
 Mosaic pages are decoded block by block into scratch, once per block for all requests of the batch that share them, and
 attended in the rotated bases of their epoch; dense tokens are attended exactly; log-sum-exp joins the parts. All in
-plain torch, the reference of decode_attention.py; prefills on a GPU take the same way with a kernel that decodes and
-flash attention. Requests with long compressed contexts may select the tokens that they read (selection.py).
+plain torch, the reference of decode_attention.py and prefill_attention.py. Requests with long compressed contexts may
+select the tokens that they read (selection.py).
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 
 import torch
 
-from mosaic_kernels.attend.launch import attend
+from mosaic_kernels.attend.reference import attend
 from mosaic_kernels.merge_lse.reference import merge
 from sglang_mosaic.cache.memory import PageMemory
 from sglang_mosaic.cache.selection import SelectionPlan, Selections
 from sglang_mosaic.page import PAGE_SIZE
-
-Decode = Callable[[int, torch.Tensor, int], tuple[torch.Tensor, torch.Tensor]]
-"""Layer, mosaic frames [P] and the number of their epoch -> rotated K and V, as `Epoch.decode`."""
 
 BLOCK_PAGES = 256
 """Mosaic pages decoded at a time: bounds the scratch to 256 x 64 tokens of fp32 K and V of one layer."""
@@ -71,22 +67,14 @@ class MixedAttention:
         memory: the pool.
         sequences: requests with at least one mosaic page each.
         selections: how requests choose the tokens that they read; None: they read all.
-        decode: how mosaic frames are decoded; None: by their epoch.
     """
 
-    def __init__(
-        self,
-        memory: PageMemory,
-        sequences: list[Sequence],
-        selections: Selections | None = None,
-        decode: Decode | None = None,
-    ) -> None:
+    def __init__(self, memory: PageMemory, sequences: list[Sequence], selections: Selections | None = None) -> None:
         self.memory = memory
-        self._decode = decode or self._decode_by_epoch
         device = memory.table.frames.device
         first_mosaic = memory.table.first_mosaic
         is_mosaic = [s.frames >= first_mosaic for s in sequences]
-        self._blocks = _blocks(memory, [s.frames[m] for s, m in zip(sequences, is_mosaic, strict=True)])
+        self._blocks = blocks_of(memory, [s.frames[m] for s, m in zip(sequences, is_mosaic, strict=True)], BLOCK_PAGES)
         self._parts = []
         for sequence, mosaic in zip(sequences, is_mosaic, strict=True):
             slots = (sequence.frames[:, None] * PAGE_SIZE + torch.arange(PAGE_SIZE)).flatten()[: sequence.tokens]
@@ -121,7 +109,7 @@ class MixedAttention:
             self._selecting.choose(layer, rotated, [lse for _, lse in results], scale)
         mosaic: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}
         for b, block in enumerate(self._blocks):
-            k, v = self._decode(layer, block.frames, block.epoch)  # [pages, heads, 64, dim]
+            k, v = self._decode(layer, block)  # [pages, heads, 64, dim]
             for i, pages in block.readers:
                 key = i, block.epoch
                 k_rows, v_rows = head_major(k, pages), head_major(v, pages)
@@ -146,8 +134,9 @@ class MixedAttention:
             for number, piece in selecting.far(layer, i).items():
                 mosaic[i, number] = merge(*mosaic[i, number], *piece)
 
-    def _decode_by_epoch(self, layer: int, frames: torch.Tensor, number: int) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.memory.epochs[number].decode(layer, self.memory.mosaic_data(layer, frames, number))
+    def _decode(self, layer: int, block: Block) -> tuple[torch.Tensor, torch.Tensor]:
+        data = self.memory.mosaic_data(layer, block.frames, block.epoch)
+        return self.memory.epochs[block.epoch].decode(layer, data)
 
     def _dense(self, layer: int, q: torch.Tensor, part: Part, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
         k = self.memory.dense_k[layer][part.dense_slots].transpose(0, 1)
@@ -155,8 +144,9 @@ class MixedAttention:
         return attend(q, k, v, scale, causal_offset=part.causal_offset)
 
 
-def _blocks(memory: PageMemory, chosen: list[torch.Tensor]) -> list[Block]:
-    """Blocks of the mosaic frames ``chosen[i]`` of each sequence i, every frame once, one epoch to a block."""
+def blocks_of(memory: PageMemory, chosen: list[torch.Tensor], most: int) -> list[Block]:
+    """Blocks of at most so many of the mosaic frames ``chosen[i]`` of each sequence i, every frame once, one epoch to a
+    block."""
     unique, index = torch.unique(torch.cat(chosen), return_inverse=True)
     device = memory.table.frames.device
     numbers = memory.epochs.numbers_of(unique)
@@ -167,8 +157,8 @@ def _blocks(memory: PageMemory, chosen: list[torch.Tensor]) -> list[Block]:
     blocks = []
     for number in numbers.unique().tolist():
         first, last = (numbers == number).nonzero().aminmax()
-        for start in range(int(first), int(last) + 1, BLOCK_PAGES):
-            stop = min(start + BLOCK_PAGES, int(last) + 1)
+        for start in range(int(first), int(last) + 1, most):
+            stop = min(start + most, int(last) + 1)
             blocks.append(Block(number, unique[start:stop].to(device), _readers(indexes, start, stop, device)))
     return blocks
 

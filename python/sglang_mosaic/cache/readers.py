@@ -6,11 +6,12 @@ from typing import TYPE_CHECKING
 
 from mosaic_kernels.segment_table import kernels_can
 from sglang_mosaic.cache.memory import PageMemory
-from sglang_mosaic.cache.mixed_attention import Decode, MixedAttention, Sequence
+from sglang_mosaic.cache.mixed_attention import MixedAttention, Sequence
 from sglang_mosaic.cache.selection import Selections
 
 if TYPE_CHECKING:
     from sglang_mosaic.cache.decode_attention import DecodeAttention
+    from sglang_mosaic.cache.prefill_attention import PrefillAttention
     from sglang_mosaic.cache.segment_tables import SegmentTables
 
 
@@ -23,25 +24,23 @@ class Readers:
     """
 
     decoding: DecodeAttention | None = None
-    """Attention of decode steps by kernels; None: there are none for this pool, `plan` plans everything."""
+    """Attention of decode steps by kernels; None: there are none for this pool, `plan` plans everything. Prefills then
+    are by `prefill`."""
 
     def __init__(self, memory: PageMemory, group: int) -> None:
         self._memory = memory
         config = memory.config
         self._tables: SegmentTables | None = None
-        self._decode: Decode | None = None
         self._selections: Selections | None = None
         k, v = memory.dense_k[0], memory.dense_v[0]
         # Only the codec of this project has kernels; the baselines are there to be compared with.
         if memory.slab.frames.is_cuda and config.codec == "planes" and kernels_can(k.shape[-1], v.shape[-1], group):
             # Imported here: Triton needs a GPU's driver.
             from sglang_mosaic.cache.decode_attention import DecodeAttention
-            from sglang_mosaic.cache.frame_decoder import frame_decoder
             from sglang_mosaic.cache.segment_tables import SegmentTables
 
             # A CUDA graph may be captured before there is an epoch to tell what scans will read.
             self._tables = SegmentTables(memory, scanned=k.shape[-1] if not memory.epochs.live else 0)
-            self._decode = frame_decoder(memory, self._tables)
             self.decoding = DecodeAttention(memory, self._tables, group)
             if config.compresses:
                 from sglang_mosaic.cache.warm_up import warm_up
@@ -56,8 +55,13 @@ class Readers:
         self._tables.update()
         return self._tables.sizes
 
+    def prefill(self, sequences: list[Sequence]) -> PrefillAttention:
+        """Attention of a forward's new tokens, all of its requests in the order of their queries. Only with kernels."""
+        from sglang_mosaic.cache.prefill_attention import PrefillAttention
+
+        assert self._tables is not None, "there are no kernels for this pool"
+        return PrefillAttention(self._memory, self._tables, sequences)
+
     def plan(self, sequences: list[Sequence]) -> MixedAttention:
-        """Attention of requests with at least one mosaic page each."""
-        if self._tables is not None:
-            self._tables.update()
-        return MixedAttention(self._memory, sequences, self._selections, decode=self._decode)
+        """Attention of requests with at least one mosaic page each, by the reference."""
+        return MixedAttention(self._memory, sequences, self._selections)

@@ -1,0 +1,1 @@
+"""Queries of new tokens in the bases of compressed pages."""

@@ -1,0 +1,79 @@
+"""The kernels' attention of new tokens over the pool against its torch reference, both over the same frames."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from sglang_mosaic.cache import prefill_attention as module
+from sglang_mosaic.cache.memory import PageMemory
+from sglang_mosaic.cache.mixed_attention import MixedAttention
+from sglang_mosaic.cache.prefill_attention import PrefillAttention
+from sglang_mosaic.cache.segment_tables import SegmentTables
+from test_decode_attention import SHORT, make_memory, queries
+from test_mixed_attention import LAYERS, SCALE, sequence
+from test_selection import relative
+from triton_device import DEVICE
+
+LONG = [1, 3, 4, 12, 20]
+
+
+@pytest.fixture(scope="module", params=[1, 2], ids=["one-epoch", "two-epochs"])
+def memory(request) -> PageMemory:
+    return make_memory(request.param)
+
+
+def requests(memory, *parts, newest=None):
+    """(pages, new tokens) of each; contexts end within their last page."""
+    first, found = 0, []
+    for pages, new in parts:
+        found.append(sequence(memory, pages, 64 * len(pages) - 20, first, new))
+        first += new
+    return found
+
+
+def both(memory, sequences, layer=0, new=None):
+    q = queries(sum(s.queries for s in sequences))
+    wanted = torch.full_like(q, torch.nan)
+    MixedAttention(memory, sequences).run(layer, q, wanted, SCALE)
+    k, v = (None, None) if new is None else new
+    return PrefillAttention(memory, SegmentTables(memory), sequences).run(layer, q, k, v, SCALE), wanted
+
+
+@pytest.mark.parametrize("block", [2, 512])
+@pytest.mark.parametrize(
+    "parts",
+    [
+        [(SHORT, 4)],
+        # Users of one prefix, side by side and not; a decoding request among them.
+        [(SHORT, 3), ([*SHORT[:-1], 21], 5), (LONG, 1)],
+        [(SHORT, 3), ([20, 21], 2), ([*SHORT[:-1], 21], 5)],
+        [([20, 21], 44), (LONG, 2)],
+    ],
+    ids=["one", "shared", "apart", "dense-and-mosaic"],
+)
+def test_any_batch(memory, parts, block, monkeypatch):
+    monkeypatch.setattr(module, "BLOCK_PAGES", block)
+    for layer in range(LAYERS):
+        found, wanted = both(memory, requests(memory, *parts), layer)
+        # Decoded in float16, and on a GPU attended in it.
+        assert 0 < relative(found, wanted) < 4e-3
+
+
+def test_a_request_does_not_depend_on_those_beside_it(memory):
+    one, other = (SHORT, 3), ([*SHORT[:-1], 21], 5)
+    together, _ = both(memory, requests(memory, one, other))
+    q = queries(8)[:3]
+    alone = PrefillAttention(memory, SegmentTables(memory), requests(memory, one)).run(0, q, None, None, SCALE)
+    assert relative(together[:3], alone) < 2e-3
+
+
+def test_a_prompt_without_a_prefix_attends_to_what_was_just_computed(memory):
+    """It does not read the pool: those who ask for it may write K and V in another type."""
+    sequences = requests(memory, ([20], 44))
+    rows = memory.table.dense_slots(20 * 64 + torch.arange(44, device=DEVICE))
+    new = memory.dense_k[0][rows], memory.dense_v[0][rows]
+    found, wanted = both(memory, sequences, new=new)
+    assert relative(found, wanted) < 4e-3
+    moved, _ = both(memory, sequences, new=(new[0], new[1] + 1))
+    assert relative(moved, wanted + 1) < 4e-3
