@@ -12,7 +12,7 @@ TESTS_0.5.17 = --ignore test/test_server_smoke.py
 TESTS_0.5.23 = test/test_compat.py test/test_hooks.py test/test_refusals.py test/test_server_smoke.py
 
 .DEFAULT_GOAL := help
-.PHONY: help install model serve test test-gpu soak lint type docs-check clean
+.PHONY: help install model serve test test-gpu bench-gpu soak lint type docs-check clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -32,6 +32,9 @@ test: install model ## run the whole test suite, with SGLANG=0.5.23 a short one;
 test-gpu: install ## run the tests that have something to do there on this machine's GPU
 	@$(PY) -c 'import sys, torch; torch.cuda.is_available() or sys.exit("make test-gpu: torch sees no CUDA device")'
 	@$(PY) -m pytest test/test_kernels_*.py test/test_decode_attention.py test/test_host_*.py $(PYTEST_ARGS)
+
+bench-gpu: install ## measure this machine's GPU into benchmark/results/; ARGS="--only steps --out DIR"
+	@$(PY) scripts/bench_gpu.py $(ARGS)
 
 soak: install model ## 20 minutes of load and faults; writes soak.json and soak.png; ARGS="--minutes 2"
 	@$(PY) benchmark/soak/run.py --json soak.json --png soak.png $(ARGS)

@@ -25,11 +25,14 @@ def environment() -> dict[str, Any]:
         "git_commit": _git_commit(),
         "python": platform.python_version(),
         "torch": _version("torch"),
+        "triton": _version("triton"),
+        "flashinfer": _version("flashinfer-python"),
         "sglang": _version("sglang"),
         "sglang_mosaic": _version("sglang-mosaic"),
         "cpu": _cpu_model(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "gpu": _gpu_name(),
+        "gpu": _of_gpus("name"),
+        "driver": _of_gpus("driver_version"),
         "command_line": public_command(["python", *sys.argv]),
     }
 
@@ -77,10 +80,10 @@ def _cpu_model() -> str | None:
     return platform.processor() or None
 
 
-def _gpu_name() -> str | None:
-    """Names of the GPUs of this machine, without repeats; None when there is none."""
-    names = _output("nvidia-smi", "--query-gpu=name", "--format=csv,noheader")
-    return ", ".join(dict.fromkeys(names.splitlines())) if names else None
+def _of_gpus(query: str) -> str | None:
+    """What nvidia-smi says of the GPUs of this machine, without repeats; None when there is none."""
+    found = _output("nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader")
+    return ", ".join(dict.fromkeys(found.splitlines())) if found else None
 
 
 def write_json(path: Path, report: dict[str, Any]) -> None:

@@ -16,9 +16,7 @@ Exit status: 0; 1 when a gate failed; 2 when there is no result.
 from __future__ import annotations
 
 import argparse
-import subprocess
 import sys
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -89,23 +87,8 @@ def measure(args: argparse.Namespace, right: set[str]) -> dict[str, Any]:
 
 
 def gpu_environment() -> dict[str, Any]:
-    """Versions that decide what a kernel becomes."""
-    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    try:
-        driver = subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()[0]
-    except (OSError, subprocess.CalledProcessError, IndexError):
-        driver = None
-    try:
-        flashinfer = metadata.version("flashinfer-python")
-    except metadata.PackageNotFoundError:
-        flashinfer = None
-    return {
-        "device": torch.cuda.get_device_name(),
-        "driver": driver,
-        "cuda": torch.version.cuda,
-        "triton": triton.__version__,
-        "flashinfer": flashinfer,
-    }
+    """What else decides what a kernel becomes."""
+    return {"device": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
 
 
 def public_arguments(args: argparse.Namespace) -> dict[str, Any]:
