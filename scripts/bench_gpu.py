@@ -78,8 +78,9 @@ STEPS = (
         "chat",
         "benchmark/serving/shared_prefix_chat.py",
         (
-            *(*PAIR, "--kv-tokens", "400000", "--users", "24", "--turns", "3"),
-            *("--system-tokens", "48000", "--user-tokens", "4000", "--output-tokens", "128"),
+            # Stock holds the prompt that all share and the documents of eight users.
+            *(*PAIR, "--kv-tokens", "300000", "--users", "24", "--turns", "4", "--warm-turns", "1"),
+            *("--system-tokens", "32000", "--first-tokens", "32000", "--user-tokens", "1000", "--output-tokens", "256"),
         ),
         report="served-chat-8b",
         serves=True,

@@ -231,6 +231,24 @@ def test_chat_does_without_ignore_eos(tmp_path: Path, capsys: pytest.CaptureFixt
     assert "does not take ignore_eos" in capsys.readouterr().out
 
 
+def test_turns_before_those_that_count(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with FakeServer() as server:
+        argv = _chat_argv(server, tmp_path, "--warm-turns", "1", "--first-tokens", "110", "--concurrency", "1")
+        assert shared_prefix_chat.main(argv) == 0
+    result = json.loads((tmp_path / "r.json").read_text())["systems"]["server"]
+    # All users' first messages, which are longer, come before anybody's second.
+    assert [len(body["messages"]) for body in server.requests[:4]] == [2, 2, 2, 4]
+    assert [entry["prompt_tokens"] for entry in result["by_turn"]] == [3 * 300, 3 * 325, 3 * 350]
+    summary = result["summary"]
+    assert summary["completed_turns"] == 6 and summary["prompt_tokens"] == 3 * 325 + 3 * 350
+    assert summary["hit_rate"] == pytest.approx((300 + 325) / (325 + 350))
+    counted = [row["latency_s"] for row in result["rows"] if row["turn"]]
+    assert sum(counted) <= summary["wall_s"] < sum(row["latency_s"] for row in result["rows"])
+    with pytest.raises(SystemExit):
+        shared_prefix_chat.parse_arguments(["--turns", "2", "--warm-turns", "2"])
+    assert "nothing would count" in capsys.readouterr().err
+
+
 def test_chat_without_a_server_says_what_to_check(capsys: pytest.CaptureFixture[str]) -> None:
     assert shared_prefix_chat.main(["--url", f"http://127.0.0.1:{free_port()}"]) == 2
     assert "check --url" in capsys.readouterr().err

@@ -40,7 +40,7 @@ def both(memory, sequences, layer=0, new=None):
     return PrefillAttention(memory, SegmentTables(memory), sequences).run(layer, q, k, v, SCALE), wanted
 
 
-@pytest.mark.parametrize("block", [2, 512])
+@pytest.mark.parametrize(("block", "together"), [(2, 31), (512, 2)])
 @pytest.mark.parametrize(
     "parts",
     [
@@ -52,12 +52,27 @@ def both(memory, sequences, layer=0, new=None):
     ],
     ids=["one", "shared", "apart", "dense-and-mosaic"],
 )
-def test_any_batch(memory, parts, block, monkeypatch):
+def test_any_batch(memory, parts, block, together, monkeypatch):
     monkeypatch.setattr(module, "BLOCK_PAGES", block)
+    monkeypatch.setattr(module, "_TOGETHER", together)
     for layer in range(LAYERS):
         found, wanted = both(memory, requests(memory, *parts), layer)
         # Decoded in float16, and on a GPU attended in it.
         assert 0 < relative(found, wanted) < 4e-3
+
+
+def test_pages_are_decoded_once_for_all_who_read_them(memory):
+    readers = [[*SHORT[:-1], 21], SHORT, LONG]
+    chosen = [s.frames[s.frames >= memory.table.first_mosaic] for s in requests(memory, *((p, 1) for p in readers))]
+    found = {}
+    for number, frames, who in module._shared(memory, chosen):
+        assert set(memory.epochs.numbers_of(frames).tolist()) == {number}
+        for frame in frames.tolist():
+            assert frame not in found
+            found[frame] = who
+    assert found == {
+        frame: [i for i, own in enumerate(chosen) if frame in own] for own in chosen for frame in own.tolist()
+    }
 
 
 def test_a_request_does_not_depend_on_those_beside_it(memory):

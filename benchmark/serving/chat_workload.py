@@ -25,11 +25,15 @@ class ChatWorkload:
     turns: int
     system_tokens: int
     user_tokens: int
+    # Of a user's first message: what the chat is about.
+    first_tokens: int
     output_tokens: int
     # Requests in flight at most.
     concurrency: int
     # Pause of a user between a reply and the next message, seconds.
     think_time_s: float
+    # Turns that all users finish before any goes on; rates and times are of what follows.
+    warm_turns: int
     seed: int
 
     def system_prompt(self) -> str:
@@ -38,7 +42,7 @@ class ChatWorkload:
 
     def message(self, user: int, turn: int) -> str:
         """What `user` says in `turn`; different for every pair."""
-        return make_text(self.user_tokens, f"{self.seed} user {user} turn {turn}")
+        return make_text(self.user_tokens if turn else self.first_tokens, f"{self.seed} user {user} turn {turn}")
 
     def body(self, messages: list[dict[str, str]], ignore_eos: bool) -> dict[str, Any]:
         """The request body; greedy, so that both systems of a comparison get the same task."""
@@ -53,7 +57,7 @@ class ChatWorkload:
 
 @dataclass(frozen=True)
 class ChatRun:
-    """All rows in order of completion, and the seconds from the first request to the last reply."""
+    """All rows in order of completion, and the seconds from the first request that counts to the last reply."""
 
     rows: list[dict[str, Any]]
     wall_s: float
@@ -77,10 +81,11 @@ async def run_chat(
         random.Random(f"{workload.seed} order").shuffle(order)
         rows: list[dict[str, Any]] = []
         start = time.perf_counter()
+        chats = {user: [{"role": "system", "content": workload.system_prompt()}] for user in order}
 
-        async def converse(user: int) -> None:
-            messages = [{"role": "system", "content": workload.system_prompt()}]
-            for turn in range(workload.turns):
+        async def converse(user: int, turns: range) -> None:
+            messages = chats[user]
+            for turn in turns:
                 if turn and workload.think_time_s:
                     await asyncio.sleep(workload.think_time_s)
                 messages.append({"role": "user", "content": workload.message(user, turn)})
@@ -93,10 +98,14 @@ async def run_chat(
                 rows.append({"user": user, "turn": turn, "sent_s": sent_s, **row})
                 progress()
                 if reply.error is not None:
+                    del chats[user]
                     return
 
-        await asyncio.gather(*map(converse, order))
-        return ChatRun(rows, time.perf_counter() - start, ignore_eos)
+        await asyncio.gather(*(converse(user, range(workload.warm_turns)) for user in order))
+        counts_from = time.perf_counter()
+        rest = range(workload.warm_turns, workload.turns)
+        await asyncio.gather(*(converse(user, rest) for user in order if user in chats))
+        return ChatRun(rows, time.perf_counter() - counts_from, ignore_eos)
 
 
 async def _warm_up(session: aiohttp.ClientSession, url: str, workload: ChatWorkload) -> bool:

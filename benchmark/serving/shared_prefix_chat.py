@@ -45,6 +45,16 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "--user-tokens", type=integer(1), default=100, help="approximate size of a message (default %(default)s)"
     )
     load.add_argument(
+        "--first-tokens", type=integer(1), help="of a user's first message, such as a document (default: --user-tokens)"
+    )
+    load.add_argument(
+        "--warm-turns",
+        type=integer(0),
+        default=0,
+        metavar="N",
+        help="turns that all users finish first and that do not count in the summary (default %(default)s)",
+    )
+    load.add_argument(
         "--output-tokens",
         type=integer(1),
         default=100,
@@ -65,7 +75,10 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "--flush", action="store_true", help="with --url: empty the server's prefix cache first (--compare always does)"
     )
     add_serving_options(parser)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.warm_turns >= args.turns:
+        parser.error(f"argument --warm-turns: found {args.warm_turns} of {args.turns} turns: nothing would count")
+    return args
 
 
 def measure(url: str, args: argparse.Namespace) -> dict[str, Any]:
@@ -76,9 +89,11 @@ def measure(url: str, args: argparse.Namespace) -> dict[str, Any]:
         turns=args.turns,
         system_tokens=args.system_tokens,
         user_tokens=args.user_tokens,
+        first_tokens=args.first_tokens or args.user_tokens,
         output_tokens=args.output_tokens,
         concurrency=args.concurrency or args.users,
         think_time_s=args.think_time,
+        warm_turns=args.warm_turns,
         seed=args.seed,
     )
     info = sglang_http.server_info(url) or {}
@@ -90,8 +105,9 @@ def measure(url: str, args: argparse.Namespace) -> dict[str, Any]:
     with tqdm(total=args.users * args.turns, desc="turns", unit="turn") as bar:
         run = asyncio.run(run_chat(url, workload, args.timeout, before, bar.update))
     reports_cache = info.get("enable_cache_report")
+    counted = [row for row in run.rows if row["turn"] >= args.warm_turns]
     return {
-        "summary": chat_summary.summarise(run.rows, run.wall_s, reports_cache),
+        "summary": chat_summary.summarise(counted, run.wall_s, reports_cache),
         "by_turn": chat_summary.by_turn(run.rows, args.turns, reports_cache),
         "ignore_eos": run.ignore_eos,
         "rows": run.rows,
@@ -120,7 +136,7 @@ def main(argv: list[str] | None = None) -> int:
         "shared_prefix_chat",
         args,
         measure=lambda url: measure(url, args),
-        gate=lambda results: chat_summary.gate(results, args.users * args.turns),
+        gate=lambda results: chat_summary.gate(results, args.users * (args.turns - args.warm_turns)),
         describe=describe,
         draw=chat_summary.draw,
     )

@@ -74,7 +74,7 @@ class MixedAttention:
         device = memory.table.frames.device
         first_mosaic = memory.table.first_mosaic
         is_mosaic = [s.frames >= first_mosaic for s in sequences]
-        self._blocks = blocks_of(memory, [s.frames[m] for s, m in zip(sequences, is_mosaic, strict=True)], BLOCK_PAGES)
+        self._blocks = _blocks(memory, [s.frames[m] for s, m in zip(sequences, is_mosaic, strict=True)])
         self._parts = []
         for sequence, mosaic in zip(sequences, is_mosaic, strict=True):
             slots = (sequence.frames[:, None] * PAGE_SIZE + torch.arange(PAGE_SIZE)).flatten()[: sequence.tokens]
@@ -144,9 +144,8 @@ class MixedAttention:
         return attend(q, k, v, scale, causal_offset=part.causal_offset)
 
 
-def blocks_of(memory: PageMemory, chosen: list[torch.Tensor], most: int) -> list[Block]:
-    """Blocks of at most so many of the mosaic frames ``chosen[i]`` of each sequence i, every frame once, one epoch to a
-    block."""
+def _blocks(memory: PageMemory, chosen: list[torch.Tensor]) -> list[Block]:
+    """Blocks of the mosaic frames ``chosen[i]`` of each sequence i, every frame once, one epoch to a block."""
     unique, index = torch.unique(torch.cat(chosen), return_inverse=True)
     device = memory.table.frames.device
     numbers = memory.epochs.numbers_of(unique)
@@ -157,8 +156,8 @@ def blocks_of(memory: PageMemory, chosen: list[torch.Tensor], most: int) -> list
     blocks = []
     for number in numbers.unique().tolist():
         first, last = (numbers == number).nonzero().aminmax()
-        for start in range(int(first), int(last) + 1, most):
-            stop = min(start + most, int(last) + 1)
+        for start in range(int(first), int(last) + 1, BLOCK_PAGES):
+            stop = min(start + BLOCK_PAGES, int(last) + 1)
             blocks.append(Block(number, unique[start:stop].to(device), _readers(indexes, start, stop, device)))
     return blocks
 

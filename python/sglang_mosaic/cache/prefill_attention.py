@@ -1,14 +1,14 @@
 """Attention of new tokens over the pool by kernels: flash attention, what is compressed decoded block by block.
 
 The same results as mixed_attention.py, up to float16: its plain torch is the reference. All requests of a forward are
-attended together: their uncompressed tokens in one call a layer, and a block of compressed pages in one for all that
-read it whole, such as users of one system prompt.
+attended together: their uncompressed tokens in one call a layer, and compressed pages in one for all that read them,
+such as users of one system prompt.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence as Sequence_
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -18,29 +18,21 @@ from mosaic_kernels.merge_lse.launch import merge_rows
 from mosaic_kernels.rotate_rows.launch import rotate_rows
 from mosaic_kernels.segment_decode.launch import decode_frames
 from sglang_mosaic.cache.memory import PageMemory
-from sglang_mosaic.cache.mixed_attention import Sequence, blocks_of, head_major
+from sglang_mosaic.cache.mixed_attention import Sequence
 from sglang_mosaic.cache.segment_tables import SegmentTables
 from sglang_mosaic.page import PAGE_SIZE
 
 BLOCK_PAGES = 512
 """Compressed pages decoded at a time: bounds the scratch to 32k tokens of float16 K and V of one layer."""
-
-
-class _Readers(NamedTuple):
-    """Requests that read the same pages of a block."""
-
-    rows: slice | torch.Tensor
-    """Their rows among the batch's queries; int64 [N] if they do not lie side by side."""
-    pages: torch.Tensor | None
-    """int64, of the block; None: all."""
+_TOGETHER = 31
+"""Requests whose bits are put into one integer."""
 
 
 class _Block(NamedTuple):
-    slot: int
-    """Of the epoch, in the tables."""
-    rows: torch.Tensor
-    """int64 [P], of the slab."""
-    readers: list[_Readers]
+    frames: torch.Tensor
+    """int64 [P], rows of the slab."""
+    rows: slice | torch.Tensor
+    """Of the batch's queries, those that read all of it; int64 [N] if they do not lie side by side."""
 
 
 class PrefillAttention:
@@ -52,7 +44,7 @@ class PrefillAttention:
         sequences: all requests of the batch, in the order of their queries.
     """
 
-    def __init__(self, memory: PageMemory, tables: SegmentTables, sequences: Sequence_[Sequence]) -> None:
+    def __init__(self, memory: PageMemory, tables: SegmentTables, sequences: list[Sequence]) -> None:
         self._memory, self._tables = memory, tables
         device = memory.table.frames.device
         compressed = [sequence.frames >= memory.table.first_mosaic for sequence in sequences]
@@ -66,14 +58,16 @@ class PrefillAttention:
         self._only_new = news == lengths
         """Whether every uncompressed token is a new one."""
         self._blocks: dict[int, list[_Block]] = {}
-        """By epoch."""
+        """By slot of their epoch in the tables."""
         mosaic = [s.frames[which] for s, which in zip(sequences, compressed, strict=True)]
         if any(map(len, mosaic)):
             tables.update()
-            for block in blocks_of(memory, mosaic, BLOCK_PAGES):
-                readers = _group(block.readers, sequences, device)
-                rows = block.frames - memory.table.first_mosaic
-                self._blocks.setdefault(block.epoch, []).append(_Block(memory.epochs.slots[block.epoch], rows, readers))
+            spans = [range(s.first_query, s.first_query + s.queries) for s in sequences]
+            for number, frames, readers in _shared(memory, mosaic):
+                rows = _rows([spans[i] for i in readers], device)
+                of_all = (frames - memory.table.first_mosaic).to(device, non_blocking=True)
+                blocks = self._blocks.setdefault(memory.epochs.slots[number], [])
+                blocks += [_Block(part, rows) for part in of_all.split(BLOCK_PAGES)]
 
     def run(
         self, layer: int, q: torch.Tensor, k: torch.Tensor | None, v: torch.Tensor | None, scale: float
@@ -96,17 +90,16 @@ class PrefillAttention:
         if not self._blocks:
             return out
         tables = self._tables.layer(layer)
-        for blocks in self._blocks.values():
+        for slot, blocks in self._blocks.items():
             # As K and V are decoded.
-            rotated = rotate_rows(q, tables.q_basis[blocks[0].slot], torch.float16)
-            for slot, frames, readers in blocks:
+            rotated = rotate_rows(q, tables.q_basis[slot], torch.float16)
+            for frames, rows in blocks:
                 k, v = decode_frames(memory.slab.frames, frames, tables.formats, slot, torch.float16)
-                for rows, pages in readers:
-                    found = attend(rotated[rows], _tokens(k, pages), _tokens(v, pages), scale)
-                    if isinstance(rows, slice):
-                        merge_rows(out[rows], lse[rows], *found, tables.v_unrotate[slot])
-                    else:
-                        merge_rows(out, lse, *found, tables.v_unrotate[slot], rows)
+                found = attend(rotated[rows], k.flatten(1, 2), v.flatten(1, 2), scale)
+                if isinstance(rows, slice):
+                    merge_rows(out[rows], lse[rows], *found, tables.v_unrotate[slot])
+                else:
+                    merge_rows(out, lse, *found, tables.v_unrotate[slot], rows)
         return out
 
 
@@ -118,24 +111,30 @@ def _dense_rows(sequence: Sequence, compressed: torch.Tensor) -> torch.Tensor:
     return (frames[:, None] * PAGE_SIZE + torch.arange(PAGE_SIZE)).flatten()[:count]
 
 
-def _group(
-    readers: Sequence_[tuple[int, torch.Tensor | None]], sequences: Sequence_[Sequence], device: torch.device
-) -> list[_Readers]:
-    """Those that read all of a block together, each of the others for itself."""
-    spans = [range(s.first_query, s.first_query + s.queries) for s in sequences]
-    found = [_Readers(slice(spans[i].start, spans[i].stop), pages) for i, pages in readers if pages is not None]
-    whole = [spans[i] for i, pages in readers if pages is None]
-    if whole:
-        apart = any(one.stop != other.start for one, other in itertools.pairwise(whole))
-        rows = torch.tensor([row for span in whole for row in span]).to(device) if apart else None
-        found.append(_Readers(slice(whole[0].start, whole[-1].stop) if rows is None else rows, None))
-    return found
+def _shared(memory: PageMemory, chosen: list[torch.Tensor]) -> Iterator[tuple[int, torch.Tensor, list[int]]]:
+    """Mosaic frames `chosen[i]` of each sequence i, every frame once: those of one epoch that the same sequences read,
+    and which sequences."""
+    owner = torch.arange(len(chosen)).repeat_interleave(torch.tensor([len(frames) for frames in chosen]))
+    frames, at = torch.unique(torch.cat(list(chosen)), return_inverse=True)
+    numbers = memory.epochs.numbers_of(frames)
+    group = numbers
+    for first in range(0, len(chosen), _TOGETHER):
+        some = (owner >= first) & (owner < first + _TOGETHER)
+        readers = torch.zeros_like(frames).index_add_(0, at[some], 1 << (owner[some] - first))
+        group = torch.unique((group << _TOGETHER) + readers, return_inverse=True)[1]
+    order = torch.argsort(group, stable=True)
+    reads = torch.zeros(int(group.max()) + 1, len(chosen), dtype=torch.bool)
+    reads[group[at], owner] = True
+    for mine, who in zip(order.split(torch.bincount(group).tolist()), reads, strict=True):
+        yield int(numbers[mine[0]]), frames[mine], who.nonzero().flatten().tolist()
 
 
-def _tokens(x: torch.Tensor, pages: torch.Tensor | None) -> torch.Tensor:
-    """[H, pages, 64, D] -> [H, tokens, D] of the chosen pages."""
-    return head_major(x.transpose(0, 1), pages)
+def _rows(spans: list[range], device: torch.device) -> slice | torch.Tensor:
+    """All of them, one after the other."""
+    if all(one.stop == other.start for one, other in itertools.pairwise(spans)):
+        return slice(spans[0].start, spans[-1].stop)
+    return torch.cat([torch.arange(span.start, span.stop) for span in spans]).to(device, non_blocking=True)
 
 
-def _starts(lengths: Sequence_[int], device: torch.device) -> torch.Tensor:
+def _starts(lengths: list[int], device: torch.device) -> torch.Tensor:
     return torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32).to(device, non_blocking=True)
