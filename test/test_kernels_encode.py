@@ -20,6 +20,7 @@ from sglang_mosaic.codec.basis import LayerBasis
 from sglang_mosaic.codec.encoding import Segments, encode_segments
 from sglang_mosaic.codec.kernel_encoding import KernelEncoder
 from sglang_mosaic.codec.plan import HeadPlan, LayerPlan
+from sglang_mosaic.codec.planes import PlanesEpoch
 from sglang_mosaic.codec.selection import SelectionProfile
 from test_codec_planes import DIM, HEADS, calibrated, pages
 from triton_device import DEVICE, INTERPRETED
@@ -170,9 +171,34 @@ def test_segments_of_rare_kinds_are_encoded_and_noted(kind: str | None) -> None:
         k[0, 2, 5], k[0, 2, 40] = 300.0, -200.0
     encoder = KernelEncoder(segments, torch.device(DEVICE))
     found = encoder.encode(k.permute(1, 2, 0, 3), v.permute(1, 2, 0, 3))
+    ordinary, rare = encoder.encode_ordinary(k.permute(1, 2, 0, 3), v.permute(1, 2, 0, 3))
+    assert rare is not None and bool(rare) == (kind is not None)
+    assert torch.equal(ordinary.data, found.data) == torch.equal(ordinary.errors, found.errors) == (kind is None)
     wanted = encode_segments(segments, *(rotate_pages(x.permute(1, 2, 0, 3), basis.k_basis) for x in (k, v)))
     assert found.rare == wanted.rare == ({kind} - {None})
     assert torch.equal(found.data, wanted.data) and torch.equal(found.errors, wanted.errors)
+
+
+@pytest.mark.parametrize("odd", [None, 1])
+def test_all_layers_of_pages(odd: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those in which a segment is of a rare kind are encoded once more."""
+    _, epoch = calibrated(ratio=5.0, device=DEVICE)
+    rows = [[x.to(DEVICE) for x in (pages(2, HEADS, layer), pages(2, HEADS, layer + 9))] for layer in range(2)]
+    wanted = [epoch.encode(layer, *rows[layer]) for layer in range(2)]
+
+    def kernels(self, layer, k, v):
+        encoder = KernelEncoder(self._segments_of(layer), k.device)
+        if layer == odd:
+            ordinary = encoder.encode_ordinary(k, v)[0]
+            encoder.encode_ordinary = lambda *_: (ordinary._replace(data=0 * ordinary.data), torch.tensor(True))
+        return encoder
+
+    monkeypatch.setattr(PlanesEpoch, "_kernels", kernels)
+    put: list[tuple[int, torch.Tensor]] = []
+    errors = epoch.encode_layers(2, rows.__getitem__, lambda *found: put.append(found))
+    assert [layer for layer, _ in put] == [0, 1] + ([] if odd is None else [odd])
+    for layer, (data, of_layer) in enumerate(wanted):
+        assert torch.equal(dict(put)[layer], data) and torch.equal(errors[layer], of_layer)
 
 
 def test_arguments_that_do_not_fit_are_refused() -> None:

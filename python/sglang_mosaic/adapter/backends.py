@@ -6,6 +6,7 @@ import functools
 from typing import Any
 
 from sglang_mosaic.adapter.prefill_rate import PrefillRate
+from sglang_mosaic.page import PAGE_SIZE
 
 
 def create_attention_backend(runner: Any) -> Any:
@@ -59,7 +60,7 @@ def _bracket_forward(runner: Any) -> None:
     @functools.wraps(forward)
     def bracketed(forward_batch: Any, *args: Any, **kwargs: Any) -> Any:
         memory.begin_forward()
-        if forward_batch.out_cache_loc is not None:
+        if forward_batch.out_cache_loc is not None and _fills_a_page(forward_batch):
             memory.will_write(forward_batch.out_cache_loc)
         # Nobody asks for the rate but who may bring pages back instead.
         timed = memory.host is not None and forward_batch.forward_mode.is_extend()
@@ -70,3 +71,14 @@ def _bracket_forward(runner: Any) -> None:
         return output
 
     runner.forward = bracketed
+
+
+def _fills_a_page(batch: Any) -> bool:
+    """Whether a forward writes the last token of a page: the others need not be looked at."""
+    if batch.seq_lens_cpu is None:
+        return True
+    lengths = batch.seq_lens_cpu.tolist()
+    news = [1] * len(lengths) if batch.forward_mode.is_decode() else batch.extend_seq_lens_cpu
+    if news is None:
+        return True
+    return any(length // PAGE_SIZE > (length - new) // PAGE_SIZE for length, new in zip(lengths, news, strict=True))

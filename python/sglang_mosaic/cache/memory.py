@@ -274,12 +274,12 @@ class PageMemory:
         epoch = self._newest
         source = torch.tensor(dense, device=device)
         rows = torch.tensor([e.mosaic_frame for e in encodings], device=device) - self.table.first_mosaic
-        errors = []
-        for layer in range(len(self.dense_k)):
-            data, of_layer = epoch.encode(layer, *self.dense_rows(layer, source))
+
+        def put(layer: int, data: torch.Tensor) -> None:
             self.slab.frames[:, epoch.span(layer)].index_copy_(0, rows, data)
-            errors.append(of_layer)
-        self._errors.add(torch.stack(errors))
+
+        errors = epoch.encode_layers(len(self.dense_k), lambda layer: self.dense_rows(layer, source), put)
+        self._errors.add(errors)
         self.epochs.written(e.mosaic_frame for e in encodings)
 
     @property

@@ -8,9 +8,15 @@ written with. Layers are indices 0..L-1 of one pool; P counts pages, H the KV he
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+
+Rows = Callable[[int], tuple[torch.Tensor, torch.Tensor]]
+"""Of a layer, K [P, page_size, H, Dk] and V [P, page_size, H, Dv] of some pages."""
+Put = Callable[[int, torch.Tensor], None]
+"""Takes a layer and its bytes of some pages, uint8 [P, bytes of the layer]."""
 
 
 class LayerSample(NamedTuple):
@@ -65,6 +71,24 @@ class Epoch(ABC):
         Raises:
             ValueError: a shape does not fit.
         """
+
+    def encode_layers(self, layers: int, rows: Rows, put: Put) -> torch.Tensor:
+        """Bytes of the same pages in all layers, as `encode` gives them.
+
+        Args:
+            layers: how many there are.
+            rows: may be asked twice for a layer.
+            put: may be given a layer twice; the last bytes count.
+
+        Returns:
+            float32 [layers, P, H]: errors.
+        """
+        errors = []
+        for layer in range(layers):
+            data, of_layer = self.encode(layer, *rows(layer))
+            put(layer, data)
+            errors.append(of_layer)
+        return torch.stack(errors)
 
     @abstractmethod
     def decode(self, layer: int, data: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

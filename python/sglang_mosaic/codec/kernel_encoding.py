@@ -45,15 +45,12 @@ class KernelEncoder:
         """bool [H, formats]; None: all are ordinary."""
 
     def encode(self, k: torch.Tensor, v: torch.Tensor) -> Encoded:
-        """Rotate, then as `encoding.encode_segments`. Waits for the device only if a head has formats of a rare kind.
+        """Rotate, then as `encoding.encode_segments`. Waits for the device if a head has formats of a rare kind.
 
         Args:
             k: [P, T, H, Dk] and v [P, T, H, Dv] of any float dtype.
         """
-        k_rot, v_rot = rotate(k, self._k_rotation), rotate(v, self._v_rotation)
-        data = torch.zeros(k_rot.shape[1], self._segments.plan.nbytes, dtype=torch.uint8, device=k_rot.device)
-        numbers = choose(k_rot, v_rot, self._costs, self._weighed)
-        encode_pages(k_rot, v_rot, numbers, data, self._table)
+        k_rot, v_rot, numbers, data = self._encode(k, v)
         rare = self._rare_segments(numbers)
         heads = self._segments.plan.heads
         # They have no kernel that encodes them.
@@ -65,8 +62,29 @@ class KernelEncoder:
         errors = write_errors(k_rot, v_rot, numbers, data, self._costs, table)
         return Encoded(data, errors, rare_kinds(heads[h].formats[i] for h, i, _ in rare))
 
+    def encode_ordinary(self, k: torch.Tensor, v: torch.Tensor) -> tuple[Encoded, torch.Tensor | None]:
+        """As `encode` if no segment gets a format of a rare kind, and whether one did: bool, on the device, None where
+        there is none. Then the result is of no use."""
+        k_rot, v_rot, numbers, data = self._encode(k, v)
+        errors = write_errors(k_rot, v_rot, numbers, data, self._costs, self._ordinary)
+        return Encoded(data, errors, frozenset()), self._has_rare(numbers)
+
+    def _encode(
+        self, k: torch.Tensor, v: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Rotated K and V, numbers of formats, and segments without what is of a rare kind, and without headers."""
+        k_rot, v_rot = rotate(k, self._k_rotation), rotate(v, self._v_rotation)
+        data = torch.zeros(k_rot.shape[1], self._segments.plan.nbytes, dtype=torch.uint8, device=k_rot.device)
+        numbers = choose(k_rot, v_rot, self._costs, self._weighed)
+        encode_pages(k_rot, v_rot, numbers, data, self._table)
+        return k_rot, v_rot, numbers, data
+
+    def _has_rare(self, numbers: torch.Tensor) -> torch.Tensor | None:
+        return None if self._rare is None else self._rare.gather(1, numbers.long()).any()
+
     def _rare_segments(self, numbers: torch.Tensor) -> list[Chosen]:
-        if self._rare is None or not self._rare.gather(1, numbers.long()).any():
+        found = self._has_rare(numbers)
+        if found is None or not found:
             return []
         plan = self._segments.plan
         return [found for found in by_format(numbers.T, plan) if rare_kind(plan.heads[found[0]].formats[found[1]])]

@@ -6,6 +6,7 @@ and spending bytes by importance from MosaicKV (arXiv 2607.00760).
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Iterable, Iterator
@@ -19,7 +20,7 @@ from mosaic_kernels.segment_encode.reference import rotate_pages
 from mosaic_kernels.segment_error.reference import FORMAT
 from mosaic_kernels.segment_table import HeadFormats, kernels_can
 from sglang_mosaic.codec import strategies
-from sglang_mosaic.codec.base import Codec, Epoch, LayerSample, check_pages
+from sglang_mosaic.codec.base import Codec, Epoch, LayerSample, Put, Rows, check_pages
 from sglang_mosaic.codec.basis import value_weights
 from sglang_mosaic.codec.calibration import CalibrationInput, LayerQueries, LayerStatistics, make_plan
 from sglang_mosaic.codec.encoding import Segments, by_format, encode_segments, rare_kind, rare_kinds
@@ -74,12 +75,12 @@ class PlanesEpoch(Epoch):
         """Bytes of a frame that the layers use."""
         return self._spans[-1].stop
 
-    @property
+    @functools.cached_property
     def most_formats(self) -> int:
         """Formats of any head."""
         return int(self._format_counts.max())
 
-    @property
+    @functools.cached_property
     def most_scanned(self) -> int:
         """Channels of K that a scan of any head reads."""
         return max(head.selection.scan_channels for layer in self.layers for head in layer.heads)
@@ -93,22 +94,57 @@ class PlanesEpoch(Epoch):
         return self._headers[layer * heads : (layer + 1) * heads]
 
     def encode(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        plan = self.layers[layer]
-        basis, heads = plan.basis, len(plan.heads)
-        check_pages(k, v, self.page_size, heads, basis.k_basis.shape[1], basis.v_basis.shape[1])
-        segments = Segments(plan, self._segments[layer], self._v_weights[layer])
-        if k.is_cuda and kernels_can(k.shape[-1], v.shape[-1]):
-            if layer not in self._encoders:
-                # Imported here: Triton needs a GPU's driver.
-                from sglang_mosaic.codec.kernel_encoding import KernelEncoder
-
-                self._encoders[layer] = KernelEncoder(segments, k.device)
-            encoded = self._encoders[layer].encode(k, v)
+        encoder = self._kernels(layer, k, v)
+        if encoder is None:
+            plan = self.layers[layer]
+            rotated = rotate_pages(k, plan.basis.k_basis), rotate_pages(v, plan.basis.v_basis)
+            encoded = encode_segments(self._segments_of(layer), *rotated)
         else:
-            rotated = rotate_pages(k, basis.k_basis), rotate_pages(v, basis.v_basis)
-            encoded = encode_segments(segments, *rotated)
+            encoded = encoder.encode(k, v)
         self.rare |= encoded.rare
         return encoded.data, encoded.errors
+
+    def encode_layers(self, layers: int, rows: Rows, put: Put) -> torch.Tensor:
+        """By kernels, the device is asked once whether any segment got a format of a rare kind, instead of once a
+        layer; layers in which one did, as yet none of a real model, are encoded again."""
+        errors, rare = [], {}
+        for layer in range(layers):
+            k, v = rows(layer)
+            encoder = self._kernels(layer, k, v)
+            if encoder is None:
+                data, of_layer = self.encode(layer, k, v)
+            else:
+                (data, of_layer, _), found = encoder.encode_ordinary(k, v)
+                if found is not None:
+                    rare[layer] = found
+            put(layer, data)
+            errors.append(of_layer)
+        again = torch.stack(list(rare.values())).tolist() if rare else []
+        for layer in itertools.compress(rare, again):
+            data, errors[layer] = self.encode(layer, *rows(layer))
+            put(layer, data)
+        return torch.stack(errors)
+
+    def _kernels(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> KernelEncoder | None:
+        """What encodes such pages of a layer; None: the reference.
+
+        Raises:
+            ValueError: a shape does not fit.
+        """
+        plan = self.layers[layer]
+        k_dim, v_dim = plan.basis.k_basis.shape[1], plan.basis.v_basis.shape[1]
+        check_pages(k, v, self.page_size, len(plan.heads), k_dim, v_dim)
+        if not k.is_cuda or not kernels_can(k_dim, v_dim):
+            return None
+        if layer not in self._encoders:
+            # Imported here: Triton needs a GPU's driver.
+            from sglang_mosaic.codec.kernel_encoding import KernelEncoder
+
+            self._encoders[layer] = KernelEncoder(self._segments_of(layer), k.device)
+        return self._encoders[layer]
+
+    def _segments_of(self, layer: int) -> Segments:
+        return Segments(self.layers[layer], self._segments[layer], self._v_weights[layer])
 
     def decode(self, layer: int, data: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         plan = self.layers[layer]
