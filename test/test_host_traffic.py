@@ -22,9 +22,9 @@ LAYERS, HEADS, DIM, PAGES = 2, 2, 64, 8
 DENSE_BYTES = LAYERS * PAGE_SIZE * HEADS * 2 * DIM * 2
 
 
-def pool(encode: str = "seal") -> PageMemory:
+def pool(encode: str = "seal", most_bytes: int = 1 << 26) -> PageMemory:
     """Eight pages in dense frames 1 to 8, the first a sink; with `seal` all but it and the last two are encoded by the
-    next forward."""
+    next forward. `most_bytes` wait for the manager."""
     torch.manual_seed(0)
     codec = PlanesCodec(LAYERS, HEADS, DIM, DIM, device=DEVICE)
     plan = MemoryPlan(PAGES, 12, 1, FrameBytes(DENSE_BYTES, codec.frame_bytes))
@@ -40,7 +40,7 @@ def pool(encode: str = "seal") -> PageMemory:
     options = ManagerOptions(slot_bytes=DENSE_BYTES, slots=8)
     memory.connect(
         HostTier(
-            InProcessClient(options), 1 << 26, 8, lambda hash_: memory.epochs.number(hash_) is not None, memory.adopt
+            InProcessClient(options), most_bytes, 8, lambda hash_: memory.epochs.number(hash_) is not None, memory.adopt
         )
     )
     return memory
@@ -107,6 +107,28 @@ def test_pages_come_back_as_they_were(encoded: bool) -> None:
         for x, y in zip(after, expected, strict=True):
             assert torch.equal(x.view(torch.uint8), y.view(torch.uint8))
     assert memory.lifecycle.sinks == {12}
+    tier.close()
+
+
+def test_without_room_for_all_the_start_of_a_sequence_is_kept() -> None:
+    """Compressed pages take the room of compressed pages."""
+    codec = PlanesCodec(LAYERS, HEADS, DIM, DIM, device=DEVICE)
+    memory = pool(most_bytes=3 * codec.frame_bytes + 8)
+    memory.allocate(list(range(1, PAGES + 1)), sinks=[1])
+    memory.begin_forward()
+    memory.will_write(torch.arange(PAGE_SIZE, (PAGES + 1) * PAGE_SIZE, device=DEVICE))
+    memory.begin_forward()
+    keys = page_keys(namespace("test"), range(PAGES * PAGE_SIZE))
+    memory.free([2, 3, 4, 5, 6])
+    # As a tree is evicted: the end of a sequence first.
+    memory.host.evicted([4, 5, 6], keys[3:6], 3 * PAGE_SIZE)
+    memory.host.evicted([2, 3], keys[1:3], PAGE_SIZE)
+    memory.begin_forward()
+    tier = memory.host.tier
+    while tier.busy:
+        tier.poll()
+    assert [bool(tier.held([key])) for key in keys[1:6]] == [True, True, True, False, False]
+    assert (tier.counters.offered, tier.counters.dropped) == (5, 2)
     tier.close()
 
 

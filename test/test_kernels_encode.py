@@ -190,7 +190,8 @@ def test_all_layers_of_pages(odd: int | None, monkeypatch: pytest.MonkeyPatch) -
         encoder = KernelEncoder(self._segments_of(layer), k.device)
         if layer == odd:
             ordinary = encoder.encode_ordinary(k, v)[0]
-            encoder.encode_ordinary = lambda *_: (ordinary._replace(data=0 * ordinary.data), torch.tensor(True))
+            rare = torch.tensor(True, device=DEVICE)
+            encoder.encode_ordinary = lambda *_: (ordinary._replace(data=0 * ordinary.data), rare)
         return encoder
 
     monkeypatch.setattr(PlanesEpoch, "_kernels", kernels)

@@ -8,10 +8,6 @@ from mosaic_kernels.attend import reference
 
 _FLASH_DTYPES = torch.bfloat16, torch.float16
 _FLASH_DIM = 256
-_FLASH_ROWS = 128
-"""Queries that a program of flash attention takes, or half of them."""
-_PROGRAMS, _LEAST_KEYS = 2, 1024
-"""Programs that keep a multiprocessor busy; keys of a piece that are worth its merging."""
 
 
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -26,20 +22,18 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> t
         scale: factor of the logits.
 
     Returns:
-        out [Tq, Hq, D], float32 or in the type of K; lse float32 [Tq, Hq], of any strides.
+        out [Tq, Hq, D], in the type of K where that is rounded, else float32; lse float32 [Tq, Hq], of any strides.
 
     Raises:
         ValueError: shapes do not fit together.
     """
     if not _flash_can(q, k, v):
         return reference.attend(q, k, v, scale)
-    query, keys, values = _as(q, k.dtype), k.transpose(0, 1), v.transpose(0, 1)
-    pieces = _pieces(q, k)
-    if pieces > 1:
-        return _in_pieces(query, keys, values, pieces, scale)
+    keys, values = k.transpose(0, 1)[None], v.transpose(0, 1)[None]
     # The operator behind scaled_dot_product_attention, as only it gives the log-sum-exp and takes heads in groups.
+    # Few queries of many keys fill the chip, too: it cuts the keys into pieces by itself.
     out, lse, *_ = torch.ops.aten._flash_attention_forward(
-        query[None], keys[None], values[None], None, None, len(q), len(keys), 0.0, False, False, scale=scale
+        _as(q, k.dtype)[None], keys, values, None, None, len(q), k.shape[1], 0.0, False, False, scale=scale
     )
     return out[0], lse[0].transpose(0, 1)
 
@@ -97,29 +91,6 @@ def _flash_can(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
         and bool(k.shape[1])
         and k.stride(-1) == v.stride(-1) == 1
     )
-
-
-def _pieces(q: torch.Tensor, k: torch.Tensor) -> int:
-    """So many that few queries of many keys fill the chip, too."""
-    programs = -(-len(q) // _FLASH_ROWS) * q.shape[1]
-    wanted = _PROGRAMS * torch.cuda.get_device_properties(q.device).multi_processor_count
-    return min(-(-wanted // programs), k.shape[1] // _LEAST_KEYS)
-
-
-def _in_pieces(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pieces: int, scale: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """As `attend`, the keys cut into pieces; k, v [Tk, Hkv, D]."""
-    tokens, size = len(q), -(-len(k) // pieces)
-    pieces = -(-len(k) // size)
-    queries = torch.arange(0, (pieces + 1) * tokens, tokens, dtype=torch.int32, device=q.device)
-    keys = torch.arange(0, (pieces + 1) * size, size, dtype=torch.int32, device=q.device).clamp_max(len(k))
-    outs, lses, *_ = torch.ops.aten._flash_attention_forward(
-        q.repeat(pieces, 1, 1), k, v, queries, keys, tokens, size, 0.0, False, False, scale=scale
-    )
-    outs, lses = outs.unflatten(0, (pieces, tokens)), lses.T.unflatten(0, (pieces, tokens))
-    lse = lses.logsumexp(0)
-    return ((lses - lse).exp()[..., None] * outs).sum(0), lse
 
 
 def _as(q: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

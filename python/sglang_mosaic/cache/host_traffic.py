@@ -70,12 +70,18 @@ class HostTraffic:
     # Their execution (stream of a forward).
 
     def copy_out(self, copies: list[Copy]) -> None:
-        """Hand pages to the host, as many as it has room for."""
-        room = self.tier.room(self._memory.plan.frame_bytes.dense)
-        self.tier.counters.offered += len(copies)
-        self.tier.counters.dropped += max(len(copies) - room, 0)
-        for (epoch, exact), run in itertools.groupby(copies[:room], lambda copy: (copy.epoch, copy.exact)):
-            self._copy_alike(list(run), epoch, exact)
+        """Hand pages to the host, as many as it has room for: those near the start of a sequence first, as without them
+        the others are of no use."""
+        counters = self.tier.counters
+        counters.offered += len(copies)
+        for (epoch, exact), run in itertools.groupby(copies, lambda copy: (copy.epoch, copy.exact)):
+            alike = list(run)
+            room = self.tier.room(self._bytes(epoch, exact))
+            if room < len(alike):
+                counters.dropped += len(alike) - room
+                alike = sorted(alike, key=lambda copy: copy.position)[:room]
+            if alike:
+                self._copy_alike(alike, epoch, exact)
 
     def bring_back(self, restores: list[Restore]) -> None:
         """Write the bytes of pages into their frames."""
@@ -92,20 +98,30 @@ class HostTraffic:
             else:
                 write_dense_bytes(memory.dense_k, memory.dense_v, frames, rows)
 
+    def _bytes(self, epoch: Epoch | None, exact: bool) -> int:
+        """Of a page as it is kept."""
+        frames = self._memory.plan.frame_bytes
+        return frames.dense if epoch is None and self._encoder(exact) is None else frames.mosaic
+
+    def _encoder(self, exact: bool) -> Epoch | None:
+        """What dense frames are encoded with; None: they are kept as they are, before the first calibration, too: a
+        server without pressure may never need one."""
+        return None if exact or not self._memory.config.compresses else self._memory.epochs.current
+
     def _copy_alike(self, copies: list[Copy], epoch: Epoch | None, exact: bool) -> None:
         """Copies of one kind: dense frames as they are, mosaic frames of an epoch, or dense frames to encode."""
-        memory = self._memory
+        memory, current = self._memory, self._encoder(exact)
         frames = torch.tensor([copy.frame for copy in copies], device=memory.table.frames.device)
         if epoch is not None:
             used = memory.slab.frames[:, : planes_of(epoch).frame_bytes]
             rows, hash_ = used[frames - memory.table.first_mosaic], epoch.hash
-        elif exact or not memory.config.compresses or (current := memory.epochs.current) is None:
-            # Before the first calibration, too: a server without pressure may never need one.
+        elif current is None:
             rows, hash_ = dense_bytes(memory.dense_k, memory.dense_v, frames), ""
         else:
-            layers = range(len(memory.dense_k))
-            rows = torch.cat([current.encode(layer, *memory.dense_rows(layer, frames))[0] for layer in layers], 1)
-            hash_ = current.hash
+            parts: dict[int, torch.Tensor] = {}
+            layers = len(memory.dense_k)
+            current.encode_layers(layers, lambda layer: memory.dense_rows(layer, frames), parts.__setitem__)
+            rows, hash_ = torch.cat([parts[layer] for layer in range(layers)], 1), current.hash
         self.tier.keep([Label(copy.key, hash_, copy.position) for copy in copies], rows)
 
     def _holds_page(self, page: HostPage) -> bool:
