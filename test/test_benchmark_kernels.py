@@ -13,11 +13,12 @@ import torch
 from benchmark.common.errors import BenchmarkError
 from benchmark.kernels import gates, run, tables, traffic
 from benchmark.kernels.base import measure_base
-from benchmark.kernels.cases import Dims, Shape, Split, make_case, make_formats, make_pool
+from benchmark.kernels.cases import make_case, make_formats, make_pool
 from benchmark.kernels.dense import TYPES, Baseline
 from benchmark.kernels.measure import make_cases, measure_shape, pool_for
 from benchmark.kernels.ops import BY_NAME, OPS, Op
 from benchmark.kernels.options import base_options, crossover_shapes, dims_of, parse_arguments
+from benchmark.kernels.sizes import Dims, Shape, Split
 from mosaic_kernels.segment import SegmentFormat
 
 SCRIPT = Path(run.__file__)
@@ -98,6 +99,9 @@ def test_bytes_of_a_case() -> None:
     touched = len(set((case.selected.tokens[0] // 64).tolist()))
     dense = 2 * 64 * 2 * 2 + 2 * 4 + 64 * 64 * 4  # in and out, its log-sum-exp, the basis
     rotated, segments = pages * 64 * 128 * 4, pages * (SEGMENT + 4)  # of the pages to encode; with formats' numbers
+    # With items of three epochs and five pieces at most: of compressed pages, of selected tokens, of others.
+    plan = (2 * 3 + 5 * 3 + 2 * 4 + 2) + (3 + 5 * 3 + 2 * 4) + (2 * 2 + 1 + 5 * 3) + 4
+    tokens, basis = pages * 64, 64 * 64 * 4
     wanted = {
         "query_squares": pages * 64 * 2 * 64 * 2 + 2 * 64 * 8,
         "rotate": rotated // 2 + 2 * (64 * 64 * 3 + 4) + rotated,  # three digits a value of the bases
@@ -105,6 +109,11 @@ def test_bytes_of_a_case() -> None:
         "segment_encode": rotated + segments,
         "segment_error": rotated + segments + pages * (16 + 4),
         "segment_decode": pages * (SEGMENT + 64 * 128 * 2),
+        "rotate_rows": tokens * 2 * 64 * 2 * 2 + basis,
+        "merge_rows": tokens * 2 * (3 * 64 * 2 + 3 * 4) + tokens * 8 + basis,
+        "plan_step": (pages + 4) * (4 + 8 + 4) + pages * 4 + 2 * 8 + plan * 4,
+        "attend_dense": (4 * 64 - 23) * 2 * 64 * 2 + q // 2 + 3 * result,  # of one piece, written, read, joined
+        "rotate_queries": q // 2 + basis + q,
         "attend_pages": pages * SEGMENT + q + pieces * result,
         "scan": sum(
             traffic.scanned_segment(case.pool.heads[0].formats[int(case.pool.data[frame, 0])], 32)
@@ -123,6 +132,19 @@ def test_bytes_of_a_case() -> None:
     assert BY_NAME["reuse"].nbytes(case) == reuse
     assert BY_NAME["step"].nbytes(case) == reuse + wanted["scan"] + wanted["select"]
     assert traffic.dense_bytes(case, 2) == pages * 64 * 128 * 2
+
+
+def test_a_plan_is_of_the_pages_of_the_case() -> None:
+    pool = make_pool(DIMS, 9, "cpu", distinct=4)
+    frames = torch.tensor([4, 0, 2, 7, 8])
+    case = make_case(DIMS, pool, [3, 0, 2], frames, SPLIT, torch.bfloat16)
+    mosaic, dense = case.planned.mosaic, case.planned.dense
+    assert mosaic.frames[:5].tolist() == case.batch.frames.tolist() == frames.tolist()
+    assert mosaic.first_page[:3].tolist() == case.batch.first_page.tolist()
+    assert mosaic.requests[:2].tolist() == case.batch.requests.tolist() and mosaic.epochs[2:].eq(-1).all()
+    assert sorted(dense.frames[:12].tolist()) == list(range(1, 13))
+    assert dense.tokens.tolist() == [256 - 23, 256 - 46, 256 - 5]
+    assert case.new.q.stride(0) > case.new.q[0].numel() and case.new.lse.stride(0) == 1
 
 
 def test_page_lists_take_turns_and_share_no_frame() -> None:

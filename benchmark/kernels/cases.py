@@ -14,7 +14,20 @@ from typing import NamedTuple
 
 import torch
 
-from mosaic_kernels.page_batch import LEAST_PAGES, LEAST_SCANNED, Item, PageBatch, plan
+from benchmark.kernels.server_inputs import (
+    MOST_NEW,
+    Contexts,
+    NewTokens,
+    Uncompressed,
+    make_contexts,
+    make_new_tokens,
+    make_uncompressed,
+    moved,
+    plan_by_reference,
+)
+from benchmark.kernels.sizes import PAGE, Dims, Split
+from mosaic_kernels.page_batch import LEAST_PAGES, Item, PageBatch, plan
+from mosaic_kernels.plan_step.step import StepPlan, allocate
 from mosaic_kernels.rotate_pages.table import RotationTable, make_rotation_table
 from mosaic_kernels.scan.keys import keys_of
 from mosaic_kernels.segment import GROUP, SegmentFormat
@@ -26,7 +39,6 @@ from mosaic_kernels.select.reference import choose_tokens, far_logits
 from mosaic_kernels.select.selection import Selected, SelectionPlan, plan_selection
 from mosaic_kernels.topk.segment import TopKFormat
 
-PAGE = 64
 DISTINCT = 64
 """Pages that are encoded; the others are copies of them."""
 MOST_ENCODED = 512
@@ -73,40 +85,6 @@ class Dense(NamedTuple):
     """Of the same formats."""
     data: torch.Tensor
     """uint8 [pages, frame_bytes]: where errors are looked for."""
-
-
-class Dims(NamedTuple):
-    """One layer of a model, and what its codec and a step of it read."""
-
-    heads: int
-    """KV heads H."""
-    group: int
-    """Query heads of a KV head."""
-    dim: int
-    """Channels D of K and of V."""
-    scan_channels: int
-    select: float
-    """Share of the tokens that a step selects."""
-
-
-class Shape(NamedTuple):
-    """A batch of requests of one length."""
-
-    batch: int
-    context: int
-    """Tokens, a multiple of PAGE."""
-
-    def __str__(self) -> str:
-        return f"{self.batch}x{self.context}"
-
-
-class Split(NamedTuple):
-    """How a batch is cut into pieces (`page_batch.plan`, `plan_selection`)."""
-
-    programs: int
-    token_programs: int
-    least_pages: int = LEAST_SCANNED
-    least_tokens: int = 64
 
 
 @dataclass(frozen=True)
@@ -157,6 +135,15 @@ class Case:
     """Both are at most MOST_ENCODED pages."""
     parts: tuple[tuple[torch.Tensor, torch.Tensor], ...]
     """Results as of `attend_selected` and of `far_field`: over the pieces of `plan` and over those of `batch`."""
+    contexts: Contexts
+    """Of the pool's frames of `batch`, and uncompressed pages."""
+    buffers: StepPlan
+    """Where `plan_step` writes its plan of them."""
+    planned: StepPlan
+    """That plan, whose items are those of `batch`."""
+    uncompressed: Uncompressed
+    new: NewTokens
+    """At most MOST_NEW tokens."""
 
     @property
     def scale(self) -> float:
@@ -223,7 +210,7 @@ def make_case(
     Args:
         lengths: pages of each request; a request may have none.
         frames: int [sum of lengths], rows of the pool's data.
-        dtype: of the dense output.
+        dtype: of the dense output, and of the output of new tokens.
     """
     device = pool.data.device
     generator = torch.Generator(device).manual_seed(seed)
@@ -241,6 +228,8 @@ def make_case(
     keys = keys_of(logits, logits.new_zeros(dims.heads, 1), 1).view(dims.heads, pages, PAGE)
     page_lse = normal(dims.heads, pages, dims.group) * 0.3 + PAGE_LSE
     cuts = [(len(x.pieces), dims.heads, dims.group) for x in (room, batch)]
+    contexts = make_contexts(lengths, frames, len(pool.data), split, seed)
+    planned = plan_by_reference(contexts, dims, split)
     return Case(
         dims=dims,
         pool=pool,
@@ -258,6 +247,11 @@ def make_case(
         dense=_dense(dims, pool, min(pages, MOST_ENCODED), generator),
         rotated=_rotated(dims, pool, min(pages, MOST_ENCODED), generator),
         parts=tuple((normal(*cut, dims.dim), normal(*cut)) for cut in cuts),
+        contexts=moved(contexts, device),
+        buffers=allocate(planned.shape, device),
+        planned=moved(planned, device),
+        uncompressed=make_uncompressed(len(lengths), dims, generator),
+        new=make_new_tokens(min(pages * PAGE, MOST_NEW), dims, dtype, generator),
     )
 
 

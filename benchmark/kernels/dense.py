@@ -7,8 +7,9 @@ from typing import NamedTuple
 
 import torch
 
-from benchmark.kernels.cases import PAGE, Case, Dims
+from benchmark.kernels.cases import Case
 from benchmark.kernels.gates import first_line
+from benchmark.kernels.sizes import PAGE, Dims
 from benchmark.kernels.timing import Clock
 
 TYPES = {"bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn}

@@ -7,7 +7,8 @@ from typing import NamedTuple
 
 import torch
 
-from benchmark.kernels.cases import PAGE, Case, Rotated
+from benchmark.kernels.cases import Case, Rotated
+from benchmark.kernels.sizes import PAGE
 from mosaic_kernels.attend.reference import attend
 from mosaic_kernels.combine import reference as combine_reference
 from mosaic_kernels.segment_decode.reference import decode, decode_keys, decode_mean_values

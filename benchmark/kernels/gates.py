@@ -8,9 +8,10 @@ from typing import NamedTuple
 import torch
 
 from benchmark.common.stats import format_table
-from benchmark.kernels.cases import Dims, Split, make_case, make_pool
+from benchmark.kernels.cases import make_case, make_pool
 from benchmark.kernels.expected import decoded
 from benchmark.kernels.ops import Op
+from benchmark.kernels.sizes import Dims, Split
 
 LENGTHS = (5, 0, 40)
 TINY_LENGTHS = (2, 0, 4)
@@ -37,8 +38,8 @@ def run_gates(ops: Sequence[Op], dims: Dims, lengths: Sequence[int], device: tor
     pages = sum(lengths)
     pool = make_pool(dims, pages + 3, device, distinct=min(16, pages))
     frames = torch.randperm(len(pool.data), generator=torch.Generator().manual_seed(1))[:pages]
-    # Several pieces an item.
-    split = Split(programs=4 * dims.heads, token_programs=4 * dims.heads, least_pages=2, least_tokens=32)
+    # Several pieces an item, and of its uncompressed pages.
+    split = Split(programs=16 * dims.heads, token_programs=4 * dims.heads, least_pages=2, least_tokens=32)
     case = make_case(dims, pool, lengths, frames, split, torch.float32)
     wanted = decoded(case)
     verdicts = []

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 
 from benchmark.kernels import traffic
-from benchmark.kernels.cases import PAGE, Case, Dims, Pool, Shape, Split, make_case, make_pool
+from benchmark.kernels.cases import Case, Pool, make_case, make_pool
 from benchmark.kernels.dense import TYPES, Dense
 from benchmark.kernels.ops import Op
+from benchmark.kernels.sizes import PAGE, Dims, Shape, Split
 from benchmark.kernels.timing import Clock
 
 LEAST_L2 = 4

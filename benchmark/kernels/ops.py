@@ -1,19 +1,32 @@
 """Every op: its shapes, the bytes that it must move, its gate and a call to time.
 
-B requests, I items, H KV heads, R = H * group query heads, P pages of 64 tokens, D channels, N selected tokens.
-A gate gives the largest error in units of what is tolerated: above 1, or not a number, it fails.
+B requests, I items, H KV heads, R = H * group query heads, P pages of 64 tokens, D channels, N selected tokens,
+T new tokens.
+A gate gives the largest error in units of what is tolerated (tolerances.py).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
-from benchmark.kernels import expected, traffic
+from benchmark.kernels import expected, server_ops, traffic
 from benchmark.kernels.cases import Case, Rotated
+from benchmark.kernels.tolerances import (
+    LOGITS,
+    MERGED,
+    OTHER_KEYS,
+    OUTPUT,
+    ROUNDED_LOGITS,
+    by_row,
+    elementwise,
+    equal,
+    of_attention,
+    worst,
+)
 from mosaic_kernels.attend_pages import reference as attend_reference
 from mosaic_kernels.attend_pages.launch import attend_pages
 from mosaic_kernels.attend_selected.launch import attend_selected
@@ -34,17 +47,6 @@ from mosaic_kernels.segment_encode.reference import rotate_pages
 from mosaic_kernels.segment_error.launch import write_errors
 from mosaic_kernels.select.launch import select
 from mosaic_kernels.select.selection import Selected
-
-# float16 has 11 bits: products of a rounded query, or of rounded weights, with exact codes.
-LOGITS, OUTPUT = 5e-3, 5e-3
-# Of rounded K: of base planes, or with a token's own offsets.
-ROUNDED_LOGITS = 0.02
-# An error of ROUNDED_LOGITS moves the share of the dense tokens by up to a quarter of it, and the two outputs differ by
-# up to twice the largest value.
-MERGED = 1e-2
-OTHER_KEYS = 0.05
-"""Share of keys that may differ, by one."""
-
 
 Part = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 """What `combine` takes: out, lse and where an item's pieces begin."""
@@ -162,42 +164,42 @@ def _observe_gate(case: Case, _: expected.Decoded) -> float:
     wanted = torch.zeros_like(case.dense.sums)
     squares_reference.add_squares(case.dense.queries, wanted)
     case.dense.sums.zero_()
-    return _elementwise(_observe(case), wanted, 1e-13, 0.0)
+    return elementwise(_observe(case), wanted, 1e-13, 0.0)
 
 
 def _rotate_gate(case: Case, _: expected.Decoded) -> float:
     keys, values, k_basis, v_basis = (x.cpu() for x in case.dense[:4])
     wanted = rotate_pages(keys, k_basis), rotate_pages(values, v_basis)
-    return _equal(zip(_rotate(case), wanted, strict=True))
+    return equal(zip(_rotate(case), wanted, strict=True))
 
 
 def _choose_gate(case: Case, _: expected.Decoded) -> float:
     keys, values = case.rotated[:2]
     wanted = choice_reference.choose(keys.cpu(), values.cpu(), case.dense.choices)
-    return _equal([(_choose(case, keys, values), wanted)])
+    return equal([(_choose(case, keys, values), wanted)])
 
 
 def _pack_gate(case: Case, _: expected.Decoded) -> float:
-    return _equal([(_pack(case), expected.encoded(case, case.rotated))])
+    return equal([(_pack(case), expected.encoded(case, case.rotated))])
 
 
 def _error_gate(case: Case, _: expected.Decoded) -> float:
     rotated = case.rotated._replace(data=expected.encoded(case, case.rotated))
     wanted = expected.with_headers(case, rotated, rotated.data)
     errors = _write_errors(case, rotated)
-    return _equal(zip((rotated.data, errors), wanted, strict=True))
+    return equal(zip((rotated.data, errors), wanted, strict=True))
 
 
 def _encode_gate(case: Case, _: expected.Decoded) -> float:
     rotated, errors = _encode(case)
     wanted = expected.with_headers(case, rotated, expected.encoded(case, rotated))
     numbers = choice_reference.choose(rotated.keys.cpu(), rotated.values.cpu(), case.dense.choices)
-    return _equal([(rotated.data, wanted[0]), (errors, wanted[1]), (rotated.numbers, numbers)])
+    return equal([(rotated.data, wanted[0]), (errors, wanted[1]), (rotated.numbers, numbers)])
 
 
 def _attend_pages_gate(case: Case, pages: expected.Decoded) -> float:
     wanted = attend_reference.attend_pages(case.q, pages.keys, pages.values, case.whole, case.scale)
-    return _error(_attend_pages(case), wanted, LOGITS)
+    return of_attention(_attend_pages(case), wanted, LOGITS)
 
 
 def _scan_gate(case: Case, pages: expected.Decoded) -> float:
@@ -205,7 +207,7 @@ def _scan_gate(case: Case, pages: expected.Decoded) -> float:
     wanted = scan_reference.scan(case.q, pages.scanned, case.dense_lse, case.batch, case.scale)
     steps = float((keys.int() - wanted[0].int()).abs().max())
     other = float((keys != wanted[0]).float().mean()) / OTHER_KEYS
-    return _worst(steps, other, float((lse - wanted[1]).abs().max()) / ROUNDED_LOGITS)
+    return worst(steps, other, float((lse - wanted[1]).abs().max()) / ROUNDED_LOGITS)
 
 
 def _select_gate(case: Case, _: expected.Decoded) -> float:
@@ -214,66 +216,39 @@ def _select_gate(case: Case, _: expected.Decoded) -> float:
     for item, first in enumerate(case.plan.first[:-1].tolist()):
         own = slice(first, first + int(wanted.counts[0, item]))
         same = same and torch.equal(found.tokens[:, own], wanted.tokens[:, own])
-    return _elementwise(found.far, wanted.far, 1e-4, 1e-4) if same else math.inf
+    return elementwise(found.far, wanted.far, 1e-4, 1e-4) if same else math.inf
 
 
 def _attend_selected_gate(case: Case, pages: expected.Decoded) -> float:
     found = expected.joined(_attend_selected(case, case.selected), case.plan.first_piece)
-    return _error(found, expected.over_selected(case, pages, case.selected, far=False), ROUNDED_LOGITS)
+    return of_attention(found, expected.over_selected(case, pages, case.selected, far=False), ROUNDED_LOGITS)
 
 
 def _far_field_gate(case: Case, pages: expected.Decoded) -> float:
     wanted = far_reference.far_field(case.selected.far, pages.means, case.batch)
     out, lse = _far_field(case, case.selected)
-    return _worst(_by_row(out, wanted[0], OUTPUT), _elementwise(lse, wanted[1], 1e-5, 1e-5))
+    return worst(by_row(out, wanted[0], OUTPUT), elementwise(lse, wanted[1], 1e-5, 1e-5))
 
 
 def _combine_gate(case: Case, _: expected.Decoded) -> float:
     wanted = combine_reference.combine(_given(case), case.batch, case.unrotate, case.dense_out, case.dense_lse)
-    return _elementwise(_combine(case, *_given(case)), wanted, 1e-4, 1e-5)
+    return elementwise(_combine(case, *_given(case)), wanted, 1e-4, 1e-5)
 
 
 def _full_gate(case: Case, pages: expected.Decoded) -> float:
-    return _by_row(_full(case), expected.with_dense(case, expected.over_all(case, pages)), MERGED)
+    return by_row(_full(case), expected.with_dense(case, expected.over_all(case, pages)), MERGED)
 
 
 def _reuse_gate(case: Case, pages: expected.Decoded) -> float:
     wanted = expected.with_dense(case, expected.over_selected(case, pages, case.selected, far=True))
-    return _by_row(_reuse(case, case.selected), wanted, MERGED)
+    return by_row(_reuse(case, case.selected), wanted, MERGED)
 
 
 def _step_gate(case: Case, pages: expected.Decoded) -> float:
     # A key that is off by one chooses another token: the references read what the kernels chose.
     selected = _select(case, *_scan(case))
     wanted = expected.with_dense(case, expected.over_selected(case, pages, selected, far=True))
-    return _by_row(_step(case), wanted, MERGED)
-
-
-def _equal(pairs: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> float:
-    """To the last bit, or not at all."""
-    return 0.0 if all(torch.equal(found.cpu(), wanted.cpu()) for found, wanted in pairs) else math.inf
-
-
-def _error(found: tuple[torch.Tensor, torch.Tensor], wanted: tuple[torch.Tensor, torch.Tensor], logits: float) -> float:
-    """Of an output and its log-sum-exp."""
-    return _worst(_by_row(found[0], wanted[0], OUTPUT), float((found[1] - wanted[1]).abs().max()) / logits)
-
-
-def _by_row(found: torch.Tensor, wanted: torch.Tensor, relative: float) -> float:
-    """In shares of the largest value of each row."""
-    bound = relative * wanted.abs().amax(-1, keepdim=True).clamp_min(1e-3)
-    return float(((found - wanted).abs() / bound).max())
-
-
-def _elementwise(found: torch.Tensor, wanted: torch.Tensor, relative: float, absolute: float) -> float:
-    error = (found - wanted).abs() / (absolute + relative * wanted.abs())
-    # Equal infinities.
-    return float(torch.where(found == wanted, 0.0, error).max())
-
-
-def _worst(*errors: float) -> float:
-    """The largest; not a number if any is not."""
-    return math.nan if any(map(math.isnan, errors)) else max(errors)
+    return by_row(_step(case), wanted, MERGED)
 
 
 _REUSE = traffic.attend_selected_bytes, traffic.far_field_bytes, traffic.combine_bytes(2)
@@ -295,6 +270,17 @@ OPS = (
        _encode_gate, _encode, attends=False),
     Op("segment_decode", "pages of one request -> K, V bf16 [H, pages, 64, D]",
        traffic.decode_bytes, _decode_gate, _decode, attends=False),
+    Op("rotate_rows", "queries bf16 [T, R, D], basis [H, D, D] -> rotated float16 [T, R, D]",
+       traffic.rotate_rows_bytes, server_ops.turn_new_gate, server_ops.turn_new, attends=False),
+    Op("merge_rows", "out [T, R, D], lse, rotated out float16 [T, R, D], lse, basis [H, D, D] -> out, lse, in place",
+       traffic.merge_rows_bytes, server_ops.merge_new_gate, server_ops.merge_new, attends=False),
+    Op("plan_step", "slots of tokens [B, context], page table -> lists and pieces of P pages and of uncompressed ones",
+       traffic.plan_step_bytes, server_ops.plan_gate, server_ops.plan, attends=False),
+    Op("attend_dense", "q bf16 [B, R, D], a few uncompressed pages a request -> out [B, R, D], lse",
+       traffic.attend_dense_bytes, server_ops.attend_uncompressed_gate, server_ops.attend_uncompressed, attends=False,
+       streams=True),
+    Op("rotate_queries", "q bf16 [B, R, D], basis [H, D, D] -> q [I, H, group, D]",
+       traffic.rotate_queries_bytes, server_ops.turn_queries_gate, server_ops.turn_queries, attends=False),
     Op("attend_pages", "q [I, H, group, D], P pages -> out [pieces, H, group, D], lse",
        traffic.attend_pages_bytes, _attend_pages_gate, _attend_pages),
     Op("scan", "q [I, H, group, D], scan channels of P pages -> keys int16 [H, P, 64], lse [H, P, group]",

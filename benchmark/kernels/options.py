@@ -6,8 +6,8 @@ import argparse
 from pathlib import Path
 
 from benchmark.common.options import integer, number
-from benchmark.kernels.cases import PAGE, Dims, Shape, Split
 from benchmark.kernels.ops import BY_NAME, OPS
+from benchmark.kernels.sizes import PAGE, Dims, Shape, Split
 from mosaic_kernels.segment import GROUP
 
 SHAPES = (Shape(8, 131072), Shape(32, 32768), Shape(1, 131072), Shape(1, 32768))

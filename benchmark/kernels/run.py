@@ -4,7 +4,8 @@
 
 First every op is checked against its reference on a small case; one that is wrong is not timed. Then medians of CUDA
 events around CUDA graphs, on page lists that take turns, with the L2 cache read over between two calls. The compressed
-pages have about 4 bits a value. Rotations of queries, which are ordinary matrix products, are not part of any op.
+pages have about 4 bits a value. What a step plans, rotates and reads uncompressed is measured by itself and no part of
+`full`, `step` and `reuse`.
 
 Columns: "x bf16" and "x fp8": how many times faster than dense attention over the same tokens (for a part of a step:
 than all of dense attention); MB: what must be moved (traffic.py); "of read": share of the read bandwidth measured in

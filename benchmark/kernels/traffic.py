@@ -10,10 +10,11 @@ from collections.abc import Callable
 
 import torch
 
-from benchmark.kernels.cases import PAGE, Case
+from benchmark.kernels.cases import Case
+from benchmark.kernels.sizes import PAGE
 from mosaic_kernels.segment import GROUP, HEADER, SegmentFormat
 
-_FLOAT, _INT = 4, 4
+_FLOAT, _INT, _HALF = 4, 4, 2
 
 
 def observe_bytes(case: Case) -> int:
@@ -117,6 +118,40 @@ def combine_bytes(parts: int) -> Callable[[Case], int]:
         return _results(case, pieces) + _sizes(case.dense_out, case.dense_out, case.dense_lse, case.unrotate)
 
     return count
+
+
+def plan_step_bytes(case: Case) -> int:
+    """Slot and frame of every page, epochs of the compressed ones, contexts; the plan, every page listed once."""
+    plan, contexts = case.buffers, case.contexts
+    pages = len(contexts.page_table) - 1
+    read = pages * (_INT + contexts.page_table.element_size()) + _INT * len(case.batch.frames)
+    # Frames come first in a batch.
+    others = *plan.mosaic[1:], *plan.selection[:4], *plan.dense[1:], plan.counts
+    return read + _sizes(contexts.requests, contexts.lengths) + _INT * pages + _sizes(*others)
+
+
+def attend_dense_bytes(case: Case) -> int:
+    """K and V of the uncompressed tokens, the queries, the results of the pieces twice and those of the requests."""
+    q, k, _ = case.uncompressed
+    tokens, pieces = int(case.planned.dense.tokens.sum()), int(case.planned.dense.first_piece[-1])
+    read = tokens * case.dims.heads * 2 * case.dims.dim * k.element_size() + _sizes(q)
+    return read + 2 * _results(case, pieces) + _results(case, len(q))
+
+
+def rotate_queries_bytes(case: Case) -> int:
+    """The queries, the basis, the items' queries."""
+    return _sizes(case.uncompressed.q, case.unrotate, case.q)
+
+
+def rotate_rows_bytes(case: Case) -> int:
+    """The queries, the basis, and float16."""
+    return _sizes(case.new.q, case.unrotate) + _HALF * case.new.q.numel()
+
+
+def merge_rows_bytes(case: Case) -> int:
+    """What is merged, the basis, where to; what it is merged into twice."""
+    new = case.new
+    return _sizes(new.found, new.found_lse, new.places, case.unrotate, *(new.out, new.lse) * 2)
 
 
 def dense_bytes(case: Case, element: int) -> int:
