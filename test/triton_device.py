@@ -13,7 +13,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 INTERPRETED = DEVICE == "cpu"
 
 OPS = (
-    "attend_dense", "attend_pages", "attend_selected", "combine", "far_field", "merge_lse", "plan_step",
+    "attend_dense", "attend_pages", "attend_selected", "combine", "far_field", "far_share", "merge_lse", "plan_step",
     "query_squares", "rotate_pages", "rotate_queries", "rotate_rows", "scan", "segment_choice", "segment_decode",
     "segment_encode", "segment_error", "select",
 )  # fmt: skip

@@ -39,6 +39,8 @@ from mosaic_kernels.combine import launch as combine
 from mosaic_kernels.combine.kernel import combine_kernel, join_items_kernel
 from mosaic_kernels.far_field import launch as far_field
 from mosaic_kernels.far_field.kernel import far_field_kernel
+from mosaic_kernels.far_share import launch as far_share
+from mosaic_kernels.far_share.kernel import far_share_kernel
 from mosaic_kernels.merge_lse import launch as merge_lse
 from mosaic_kernels.merge_lse.kernel import merge_rows_kernel
 from mosaic_kernels.plan_step import launch as plan_step
@@ -126,6 +128,12 @@ KERNELS = {
     "select: collect": Kernel(collect_kernel, select, (("PAGES", select.TILE_PAGES), ("PIECES", select.TILE_PIECES))),
     "attend_selected": Kernel(attend_selected_kernel, attend_selected, (("TILE", attend_selected.TILE),)),
     "far_field": Kernel(far_field_kernel, far_field, (("PAGES", far_field.TILE_PAGES),)),
+    "far_share": Kernel(
+        far_share_kernel,
+        far_share,
+        (("PIECES", far_share.PIECES), ("COLUMNS", far_share.COLUMNS), ("FOLLOW", True)),
+        types=(("kept", "*fp32"), ("far_lse", "*fp32")),
+    ),
     "combine: join": Kernel(join_items_kernel, combine, (("PIECES", combine.PIECES),), "JOIN_WARPS"),
     "combine": Kernel(combine_kernel, combine, (("COLUMNS", combine.COLUMNS), WIDE)),
     "plan_step: count": Kernel(count_pages_kernel, plan_step, _STEP, types=_ROWS),

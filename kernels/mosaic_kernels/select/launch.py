@@ -22,6 +22,7 @@ def select(
     plan: SelectionPlan,
     table: SegmentTable,
     top_p: float = 1.0,
+    out: Selected | None = None,
 ) -> Selected:
     """The tokens of each item that get most attention, per KV head (select/reference.py), and the far field's logits.
 
@@ -31,6 +32,7 @@ def select(
         plan: how many tokens each item may read.
         table: the layer's formats.
         top_p: as of the reference.
+        out: what the result is written to; None: new tensors.
 
     Raises:
         ValueError: shapes do not fit.
@@ -47,11 +49,16 @@ def select(
     def integers(*shape: int) -> torch.Tensor:
         return torch.empty(*shape, dtype=torch.int32, device=device)
 
+    if out is None:
+        selected = Selected(integers(heads, plan.room), integers(heads, items), torch.empty_like(page_lse))
+    else:
+        selected = out
+    sizes = (heads, plan.room), (heads, items), tuple(page_lse.shape)
+    if tuple(tuple(x.shape) for x in selected) != sizes or not all(x.is_contiguous() for x in selected):
+        raise ValueError(f"out must be contiguous, {sizes}, got {[tuple(x.shape) for x in selected]}")
     # What programs add to.
-    totals, taken = torch.zeros(heads * items * (KEYS + 1), dtype=torch.int32, device=device).split_with_sizes(
-        [items * heads * KEYS, heads * items]
-    )
-    selected = Selected(integers(heads, plan.room), taken.view(heads, items), torch.empty_like(page_lse))
+    totals = torch.zeros(items * heads * KEYS, dtype=torch.int32, device=device)
+    taken = selected.counts.zero_()
     if batch.capacity and items:
         counts = integers(batch.capacity, heads, KEYS)
         least, spares, above, ties = integers(4, batch.capacity, heads)

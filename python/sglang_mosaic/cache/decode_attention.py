@@ -19,6 +19,7 @@ from mosaic_kernels.attend_pages.launch import attend_pages
 from mosaic_kernels.attend_selected.launch import attend_selected
 from mosaic_kernels.combine.launch import combine
 from mosaic_kernels.far_field.launch import far_field
+from mosaic_kernels.far_share.launch import keep_share, selected_lse
 from mosaic_kernels.page_batch import LEAST_PAGES, LEAST_SCANNED
 from mosaic_kernels.plan_step.launch import plan_step
 from mosaic_kernels.plan_step.step import Shape, StepPlan, allocate
@@ -168,19 +169,16 @@ class DecodeAttention:
         assert room is not None, "the step was allocated without a selection"
         if reading is Reading.SELECTED:
             keys, page_lse = scan(rotated, data, dense_lse, batch, formats, scale)
-            chosen = select(keys, page_lse, batch, room, formats, self._memory.config.select_top_p)
+            keep = step.kept[layer].selected if step.kept else None
+            chosen = select(keys, page_lse, batch, room, formats, self._memory.config.select_top_p, keep)
         else:
             chosen = step.kept[layer].selected
         near = attend_selected(rotated, data, batch, room, chosen, formats, scale)
         out, lse = far_field(chosen.far, data, batch, formats)
-        if step.kept:
-            now, kept = _by_item(near[1], room.pieces, len(batch.epochs)), step.kept[layer]
-            if reading is Reading.SELECTED:
-                torch._foreach_copy_([*kept.selected, kept.lse], [*chosen, now])
-            else:
-                # Queries of later steps have other logits; the far field is taken to keep its share.
-                drift = torch.where(now.isfinite() & kept.lse.isfinite(), now - kept.lse, 0.0)
-                lse = lse + drift[batch.pieces[:, 0].clamp_min(0).long()]
+        if step.kept and reading is Reading.SELECTED:
+            selected_lse(near[1], room.first_piece, step.kept[layer].lse)
+        elif step.kept:
+            keep_share(near[1], room.first_piece, step.kept[layer].lse, lse, batch.first_piece)
         return [(*near, room.first_piece), (out, lse, batch.first_piece)]
 
     def _keep(self, shape: Shape) -> list[Kept]:
@@ -204,17 +202,6 @@ class DecodeAttention:
             *selected, lse = (x[: math.prod(size)].view(size) for x, size in zip(of_layer, shapes, strict=True))
             kept.append(Kept(Selected(*selected), lse))
         return kept
-
-
-def _by_item(lse: torch.Tensor, pieces: torch.Tensor, items: int) -> torch.Tensor:
-    """Log-sum-exp [pieces, H, group] of pieces -> of items [items, H, group]; -inf: has no piece."""
-    item = pieces[:, 0].long()
-    lse = torch.where((item >= 0)[:, None, None], lse, -torch.inf)
-    item = item.clamp_min(0)
-    index = item[:, None, None].expand_as(lse)
-    top = lse.new_full((items, *lse.shape[1:]), -torch.inf).scatter_reduce(0, index, lse, "amax")
-    shift = torch.where(top == -torch.inf, 0.0, top)
-    return shift + torch.zeros_like(top).scatter_add(0, index, torch.exp(lse - shift[item])).log()
 
 
 def _processors(device: torch.device) -> int:
