@@ -33,6 +33,6 @@ def meta_of(page: HostPage) -> Meta:
     return Meta(RecordKind.PAGE, REVISION, page.epoch, page.position)
 
 
-def page_of(meta: Meta, data: bytes) -> HostPage | None:
+def page_of(meta: Meta, data: bytes | memoryview) -> HostPage | None:
     """A page of a record; None: its byte format is another one."""
     return HostPage(meta.epoch, data, meta.position) if meta.revision == REVISION else None

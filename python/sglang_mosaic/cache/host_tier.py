@@ -134,7 +134,7 @@ class HostTier:
             if completion.ticket == self._calibration:
                 self._calibration = None
                 self._failed = completion.status is not Status.OK
-                self._calibrated = None if self._failed else completion.data
+                self._calibrated = None if self._failed else bytes(completion.data)
             else:
                 self.restores.completed(completion)
         self.restores.ask()

@@ -169,7 +169,7 @@ class Restores:
         self._probes.discard(completion.ticket)
         if completion.ticket in self._epochs:
             hash_ = self._epochs.pop(completion.ticket)
-            if not ok or not self._adopt(completion.data):
+            if not ok or not self._adopt(bytes(completion.data)):
                 self._unreadable.add(hash_)
         elif completion.ticket in self._pages:
             key = self._pages[completion.ticket]

@@ -40,8 +40,9 @@ class Completion:
     """Of the record."""
     meta: Meta | None = None
     """With OK."""
-    data: bytes = b""
-    """With OK: the record's own bytes, checked; of a calibration, the epoch's."""
+    data: bytes | memoryview = b""
+    """With OK: the record's own bytes, checked; of a calibration, the epoch's. Of a page, to be let go of soon: the
+    memory is used again."""
     seconds: float = 0.0
     """With OK: what the manager took for a record, from the question or, if that was later, from its answer before; by
     its own word, so that it does not matter when `poll` was called."""

@@ -15,11 +15,14 @@ from sglang_mosaic.manager.options import ManagerOptions
 from sglang_mosaic.manager.store.record import RecordId
 from sglang_mosaic.manager.under_way import Calibration, FetchUnderWay, PutUnderWay, Upload
 from sglang_mosaic.wire import messages as wire
+from sglang_mosaic.wire.buffers import Buffers
 from sglang_mosaic.wire.messages import Meta, RecordKind, Slot, WireError
 from sglang_mosaic.wire.slots import SlotAllocator, SlotMemory
 
 EPOCHS = 4
 """Epochs that are given to a new manager again."""
+KEPT_BYTES = 1 << 29
+"""Of buffers for pages that have come back, between two restores."""
 MESSAGES_PER_POLL = 1024
 """Most messages that one poll looks at: bounds its time. More than there are slots: no answer that is there may count
 as late."""
@@ -47,6 +50,7 @@ class SlottedClient(ManagerClient):
         self._fetches: dict[int, FetchUnderWay] = {}
         self._pending: set[RecordId] = set()
         self._uploads: deque[Upload] = deque()
+        self._buffers = Buffers(KEPT_BYTES)
         memory = SlotMemory.create(options.slots, options.slot_bytes)
         self._slots = SlotAllocator(memory.slots)
         self._stale = 0
@@ -248,7 +252,7 @@ class SlottedClient(ManagerClient):
             self._slots.give_back(number, slot)
             self._finish(fetch, None)
 
-    def _finish(self, fetch: FetchUnderWay, data: bytes | None) -> None:
+    def _finish(self, fetch: FetchUnderWay, data: bytes | memoryview | None) -> None:
         if data is None:
             self.counters.misses += 1
             self._end(fetch.ticket, Status.MISS, fetch.record[1])
@@ -262,7 +266,7 @@ class SlottedClient(ManagerClient):
         status: Status,
         key: bytes = b"",
         meta: Meta | None = None,
-        data: bytes = b"",
+        data: bytes | memoryview = b"",
         seconds: float = 0.0,
     ) -> None:
         self._calibrations.pop(ticket, None)
@@ -338,13 +342,13 @@ class SlottedClient(ManagerClient):
         if data is None:
             self._finish(fetch, None)
         elif len(fetch.parts) + len(data) == reply.total:
-            self._finish(fetch, bytes(fetch.parts) + data if fetch.parts else data)
+            self._finish(fetch, b"".join((fetch.parts, data)) if fetch.parts else data)
         else:
             fetch.parts += data
             fetch.asked = time.monotonic()
             self._ask(fetch)
 
-    def _part(self, fetch: FetchUnderWay, reply: wire.Fetched) -> bytes | None:
+    def _part(self, fetch: FetchUnderWay, reply: wire.Fetched) -> bytes | memoryview | None:
         """Checked bytes of a part; None: a miss."""
         if reply.payload is None or reply.meta is None:
             return None
@@ -353,7 +357,11 @@ class SlottedClient(ManagerClient):
                 raise WireError("a payload that does not belong to its answer")
             if fetch.meta is not None and (fetch.meta, fetch.total) != (reply.meta, reply.total):
                 raise WireError("parts of two records")
-            data = self._memory.read(reply.payload, reply.key)
+            data: bytes | memoryview
+            if reply.meta.kind is RecordKind.PAGE:
+                data = self._memory.read_into(reply.payload, reply.key, self._buffers)
+            else:
+                data = self._memory.read(reply.payload, reply.key)
             if len(fetch.parts) + len(data) > reply.total:
                 raise WireError("more bytes than the record has")
         except WireError:

@@ -9,7 +9,7 @@ import sys
 import time
 from pathlib import Path
 
-from sglang_mosaic.manager.child import thread_limits
+from sglang_mosaic.manager.child import allocator_options, thread_limits
 from sglang_mosaic.manager.options import ManagerOptions
 from sglang_mosaic.wire.slots import SlotMemory
 
@@ -54,7 +54,7 @@ class Supervisor:
             [*command, self._options.to_json()],
             pass_fds=(slots.fd,),
             stdin=subprocess.DEVNULL,
-            env={**os.environ, **thread_limits(1)},
+            env={**os.environ, **thread_limits(1), **allocator_options()},
         )
         self._started = time.monotonic()
 

@@ -14,6 +14,7 @@ import os
 
 import xxhash
 
+from sglang_mosaic.wire.buffers import Buffers
 from sglang_mosaic.wire.messages import Payload, Slot, WireError
 
 
@@ -71,9 +72,21 @@ class SlotMemory:
         """
         start = self._start(payload.slot, payload.length)
         data = self._map[start : start + payload.length]
+        self._check(payload, key, data)
+        return data
+
+    def read_into(self, payload: Payload, key: bytes, buffers: Buffers) -> memoryview:
+        """The same, the copy in one of the buffers."""
+        start = self._start(payload.slot, payload.length)
+        data = buffers.take(payload.length)
+        with memoryview(self._map) as shared:
+            data[:] = shared[start : start + payload.length]
+        self._check(payload, key, data)
+        return data
+
+    def _check(self, payload: Payload, key: bytes, data: bytes | memoryview) -> None:
         if checksum(key, data) != payload.checksum:
             raise WireError(f"the bytes in slot {payload.slot.index} do not match their checksum")
-        return data
 
     def _start(self, slot: Slot, length: int) -> int:
         if not 0 <= slot.index < self.slots:

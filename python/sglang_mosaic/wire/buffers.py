@@ -1,0 +1,47 @@
+"""Host memory that is used again.
+
+Memory that the system has just given costs several times what copying into it does: 1.6 ms instead of .25 for the 2.3
+MB of a page of an 8B model.
+"""
+
+from __future__ import annotations
+
+import weakref
+
+import numpy as np
+
+
+class Buffers:
+    """Buffers of few sizes, each back here once nobody refers to it any more.
+
+    Args:
+        most_bytes: kept for later.
+    """
+
+    def __init__(self, most_bytes: int) -> None:
+        self._most_bytes = most_bytes
+        self._free: dict[int, list[np.ndarray]] = {}
+        self._free_bytes = 0
+
+    @property
+    def free_bytes(self) -> int:
+        """Bytes kept for later."""
+        return self._free_bytes
+
+    def take(self, size: int) -> memoryview:
+        """Writable bytes; what they hold is arbitrary."""
+        free = self._free.get(size)
+        if free:
+            buffer = free.pop()
+            self._free_bytes -= size
+        else:
+            buffer = np.empty(size, np.uint8)
+        # A memoryview holds on to the array that it is of, and not to what that one is of.
+        view = buffer[:]
+        weakref.finalize(view, self._give_back, buffer).atexit = False
+        return view.data
+
+    def _give_back(self, buffer: np.ndarray) -> None:
+        if self._free_bytes + buffer.nbytes <= self._most_bytes:
+            self._free.setdefault(buffer.nbytes, []).append(buffer)
+            self._free_bytes += buffer.nbytes

@@ -1,0 +1,44 @@
+"""Buffers that come back by themselves."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from sglang_mosaic.wire.buffers import Buffers
+
+
+def address(view: memoryview) -> int:
+    return np.frombuffer(view, np.uint8).ctypes.data
+
+
+def test_a_buffer_is_used_again_once_nobody_refers_to_it() -> None:
+    buffers = Buffers(100)
+    first, second = buffers.take(40), buffers.take(40)
+    assert address(first) != address(second)
+    first[:] = bytes(range(40))
+    part, where = first[10:20], address(first)
+    del first
+    assert buffers.free_bytes == 0 and bytes(part) == bytes(range(10, 20))
+    del part
+    assert buffers.free_bytes == 40
+    assert address(buffers.take(30)) != where
+    again = buffers.take(40)
+    assert address(again) == where and not again.readonly and len(again) == 40
+
+
+def test_few_bytes_are_kept() -> None:
+    buffers = Buffers(100)
+    several = [buffers.take(40) for _ in range(4)]
+    del several
+    assert buffers.free_bytes == 80
+    large = buffers.take(101)
+    del large
+    assert buffers.free_bytes == 80
+
+
+def test_what_outlives_the_buffers_stays_as_it_is() -> None:
+    buffers = Buffers(100)
+    view = buffers.take(3)
+    view[:] = b"abc"
+    del buffers
+    assert bytes(view) == b"abc"
