@@ -23,7 +23,8 @@ class MosaicConfig:
 
     encode: str = "pressure"
     """When sealed pages are encoded: ``pressure`` (only when dense frames run out), ``seal`` (as soon as a page leaves
-    the recent window of every running request), ``off`` (never; every page stays dense and bit-identical)."""
+    the recent window of every running request; on a GPU 16 at a time), ``off`` (never; every page stays dense and
+    bit-identical)."""
     kv_mib: float | None = None
     """Memory for all KV frames, MiB per rank. None: what SGLang would give its own pool (--mem-fraction-static)."""
     dense_fraction: float = 0.1

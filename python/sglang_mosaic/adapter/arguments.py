@@ -30,7 +30,8 @@ def add_mosaic_group(parser: argparse.ArgumentParser) -> None:
         choices=ENCODE_POLICIES,
         default=default.encode,
         help="when full pages (64 tokens) are compressed: 'pressure' (only when dense frames run out), 'seal' (as soon "
-        "as a page leaves the recent window), 'off' (never; bit-identical to torch_native). Default: %(default)s.",
+        "as a page leaves the recent window, on a GPU 16 at a time), 'off' (never; bit-identical to torch_native). "
+        "Default: %(default)s.",
     )
     group.add_argument(
         "--mosaic-kv-mib",
