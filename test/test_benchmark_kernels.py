@@ -122,6 +122,7 @@ def test_bytes_of_a_case() -> None:
         "select": pages * (2 * 64 * 2 + 2 * 2 * 4) + 4 + chosen * 4,
         "attend_selected": chosen * (4 + 65) + touched * (16 + 256) + q + token_pieces * result,
         "far_field": pages * (16 + 65 + 2 * 4) + pieces * result,
+        "far_share": (token_pieces + 1 + 2 * pieces) * 2 * 4 + 2 * 2 * 4,  # one item, two starts of each
         "combine": (pieces + token_pieces) * result + dense,
     }  # fmt: skip
     assert {name: BY_NAME[name].nbytes(case) for name in wanted} == wanted

@@ -135,6 +135,10 @@ class Case:
     """Both are at most MOST_ENCODED pages."""
     parts: tuple[tuple[torch.Tensor, torch.Tensor], ...]
     """Results as of `attend_selected` and of `far_field`: over the pieces of `plan` and over those of `batch`."""
+    kept: torch.Tensor
+    """float32 [I, H, group], what a step before found of what it selected."""
+    far_lse: torch.Tensor
+    """As of `far_field` in that step: where it grows in place."""
     contexts: Contexts
     """Of the pool's frames of `batch`, and uncompressed pages."""
     buffers: StepPlan
@@ -230,6 +234,7 @@ def make_case(
     cuts = [(len(x.pieces), dims.heads, dims.group) for x in (room, batch)]
     contexts = make_contexts(lengths, frames, len(pool.data), split, seed)
     planned = plan_by_reference(contexts, dims, split)
+    parts = tuple((normal(*cut, dims.dim), normal(*cut)) for cut in cuts)
     return Case(
         dims=dims,
         pool=pool,
@@ -246,7 +251,9 @@ def make_case(
         selected=select_by_reference(keys, page_lse, batch, room),
         dense=_dense(dims, pool, min(pages, MOST_ENCODED), generator),
         rotated=_rotated(dims, pool, min(pages, MOST_ENCODED), generator),
-        parts=tuple((normal(*cut, dims.dim), normal(*cut)) for cut in cuts),
+        parts=parts,
+        kept=normal(len(items), dims.heads, dims.group) + DENSE_LSE,
+        far_lse=parts[1][1].clone(),
         contexts=moved(contexts, device),
         buffers=allocate(planned.shape, device),
         planned=moved(planned, device),

@@ -291,6 +291,8 @@ OPS = (
        traffic.attend_selected_bytes, _attend_selected_gate, lambda case: _attend_selected(case, case.selected)),
     Op("far_field", "far [H, P, group], mean V of P pages -> out [pieces, H, group, D], lse",
        traffic.far_field_bytes, _far_field_gate, lambda case: _far_field(case, case.selected)),
+    Op("far_share", "lse of selected pieces [pieces, H, group], kept [I, H, group] -> lse of the far field, in place",
+       traffic.far_share_bytes, server_ops.keep_far_share_gate, server_ops.keep_far_share, attends=False),
     Op("combine", "two outs [pieces, H, group, D], dense out [B, R, D] -> out [B, R, D]",
        traffic.combine_bytes(2), _combine_gate, lambda case: _combine(case, *_given(case))),
     Op("full", "attend_pages, combine: a step that reads everything",

@@ -12,6 +12,8 @@ from benchmark.kernels.sizes import PAGE
 from benchmark.kernels.tolerances import HALF, TURNED, WEIGHTS, by_row, elementwise, equal, worst
 from mosaic_kernels.attend_dense import reference as dense_reference
 from mosaic_kernels.attend_dense.launch import attend_dense
+from mosaic_kernels.far_share import reference as share_reference
+from mosaic_kernels.far_share.launch import keep_share
 from mosaic_kernels.merge_lse import reference as merge_reference
 from mosaic_kernels.merge_lse.launch import merge_rows
 from mosaic_kernels.plan_step.launch import plan_step
@@ -50,6 +52,13 @@ def merge_new(case: Case) -> tuple[torch.Tensor, torch.Tensor]:
     return new.out, new.lse
 
 
+def keep_far_share(case: Case) -> torch.Tensor:
+    """In place, so that it grows with every call, by as much each time."""
+    (_, lse), far = case.parts[0], case.far_lse
+    keep_share(lse, case.plan.first_piece, case.kept, far, case.batch.first_piece)
+    return far
+
+
 def plan_gate(case: Case, _: Decoded) -> float:
     return equal(zip(_read(plan(case)), _read(case.planned), strict=True))
 
@@ -80,6 +89,13 @@ def merge_new_gate(case: Case, _: Decoded) -> float:
     copy = new._replace(out=new.out.clone(), lse=new.lse.clone())
     found = merge_new(dataclasses.replace(case, new=copy))
     return worst(elementwise(found[0], out, 1e-4, TURNED), elementwise(found[1], lse, 1e-5, 1e-5))
+
+
+def keep_far_share_gate(case: Case, _: Decoded) -> float:
+    wanted = case.far_lse.clone()
+    share_reference.keep_share(case.parts[0][1], case.plan.first_piece, case.kept, wanted, case.batch.first_piece)
+    copy = dataclasses.replace(case, far_lse=case.far_lse.clone())
+    return elementwise(keep_far_share(copy), wanted, 1e-5, 1e-5)
 
 
 def _read(of: StepPlan) -> list[torch.Tensor]:

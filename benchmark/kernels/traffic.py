@@ -154,6 +154,12 @@ def merge_rows_bytes(case: Case) -> int:
     return _sizes(new.found, new.found_lse, new.places, case.unrotate, *(new.out, new.lse) * 2)
 
 
+def far_share_bytes(case: Case) -> int:
+    """What is compared and where pieces begin; the far field's twice."""
+    starts = case.plan.first_piece, case.batch.first_piece
+    return _sizes(case.parts[0][1], case.kept, *starts, case.far_lse, case.far_lse)
+
+
 def dense_bytes(case: Case, element: int) -> int:
     """K and V of all tokens uncompressed, in elements of so many bytes."""
     return len(case.batch.frames) * PAGE * case.dims.heads * 2 * case.dims.dim * element
