@@ -22,7 +22,7 @@ LAYERS, HEADS, DIM, PAGES = 2, 2, 64, 8
 DENSE_BYTES = LAYERS * PAGE_SIZE * HEADS * 2 * DIM * 2
 
 
-def pool(encode: str = "seal", most_bytes: int = 1 << 26) -> PageMemory:
+def pool(encode: str = "seal", most_bytes: int = 1 << 26, max_error: float | None = None) -> PageMemory:
     """Eight pages in dense frames 1 to 8, the first a sink; with `seal` all but it and the last two are encoded by the
     next forward. `most_bytes` wait for the manager."""
     torch.manual_seed(0)
@@ -32,7 +32,7 @@ def pool(encode: str = "seal", most_bytes: int = 1 << 26) -> PageMemory:
         [torch.randn((PAGES + 1) * PAGE_SIZE, HEADS, DIM, device=DEVICE).bfloat16() for _ in range(LAYERS)]
         for _ in range(2)
     )
-    config = MosaicConfig(encode=encode, calibration_pages=1, refresh_pages=0, host_gb=1)
+    config = MosaicConfig(encode=encode, calibration_pages=1, refresh_pages=0, host_gb=1, max_error=max_error)
     memory = PageMemory(plan, config, codec, k, v)
     memory.set_recent_pages(lambda: {7, 8})
     for layer in range(LAYERS):
@@ -130,6 +130,21 @@ def test_without_room_for_all_the_start_of_a_sequence_is_kept() -> None:
     assert [bool(tier.held([key])) for key in keys[1:6]] == [True, True, True, False, False]
     assert (tier.counters.offered, tier.counters.dropped) == (5, 2)
     tier.close()
+
+
+@pytest.mark.parametrize(("encode", "max_error"), [("seal", None), ("pressure", 0.2)])
+def test_the_first_calibration_waits_for_a_page_that_was_written_here(encode: str, max_error: float | None) -> None:
+    """Uncompressed pages of an earlier server come back first; they are not in their frames yet."""
+    memory = pool(encode, max_error=max_error)
+    memory.restore([1, 2], [HostPage("", bytes(DENSE_BYTES))] * 2, sequence_start=True)
+    memory.begin_forward()
+    assert memory.epochs.current is None
+    memory.allocate([3], sinks=[])
+    memory.begin_forward()
+    memory.will_write(torch.arange(3 * PAGE_SIZE, 4 * PAGE_SIZE, device=DEVICE))
+    memory.begin_forward()
+    assert memory.epochs.current is not None
+    memory.host.tier.close()
 
 
 def test_damaged_pages_are_not_valid() -> None:

@@ -136,7 +136,9 @@ class PageMemory:
         if early:
             self._seal_written()
         self._look_at(self.lifecycle.take_new())
-        if early and self.epochs.current is None and len(self.lifecycle.sealed) >= self.config.calibration_pages:
+        enough = len(self.lifecycle.sealed) >= self.config.calibration_pages
+        # Sealed pages may all be from the host, on their way into their frames.
+        if early and enough and self.epochs.current is None and not self._samples.empty:
             self._calibrate(())
         if self.config.max_error is not None and self.epochs.current is not None:
             self._judge(self.config.max_error)

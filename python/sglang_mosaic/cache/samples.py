@@ -90,6 +90,11 @@ class PageSamples:
         self._others.offer(frames, self._read)
         self._sinks.offer(sinks, self._read)
 
+    @property
+    def empty(self) -> bool:
+        """Whether no page was kept so far."""
+        return not (self._sinks.kept or self._others.kept)
+
     def pages(self, frames: Iterable[int]) -> Sample:
         """The sample, filled up from other dense frames as far as pages are missing."""
         missing = PAGES - len(self._others.kept)
