@@ -15,6 +15,7 @@ from aiohttp import web
 from benchmark.common import compare
 from benchmark.common.server import free_port
 from benchmark.serving import chat_summary, shared_prefix_chat
+from stand_in import process_class
 
 
 def _row(
@@ -261,28 +262,15 @@ def test_chat_compares_two_servers_in_turn(
     """The whole --compare path; only the server processes are replaced."""
     started: list[tuple[list[str], FakeServer]] = []
 
-    class FakeProcess:
-        def __init__(self, argv: list[str], url: str, log_path: Path, health_timeout_s: float) -> None:
-            info = {
-                "attention_backend": "mosaic" if "sglang_mosaic.launch_server" in argv else "fa3",
-                "enable_cache_report": True,
-                "internal_states": [{"memory_usage": {"kvcache": 0.1}}],
-            }
-            self._server = FakeServer(fail_on=fail_on if started else None, info=info)
-            self.url = f"http://127.0.0.1:{self._server.port}"
-            started.append((argv, self._server))
+    def make(argv: list[str]) -> FakeServer:
+        info = {
+            "attention_backend": "mosaic" if "sglang_mosaic.launch_server" in argv else "fa3",
+            "enable_cache_report": True,
+            "internal_states": [{"memory_usage": {"kvcache": 0.1}}],
+        }
+        return FakeServer(fail_on=fail_on if started else None, info=info)
 
-        def __enter__(self) -> FakeProcess:
-            self._server.__enter__()
-            return self
-
-        def __exit__(self, *details: object) -> None:
-            self._server.__exit__()
-
-        def check_alive(self) -> None:
-            """It is a thread of the test."""
-
-    monkeypatch.setattr(compare, "ServerProcess", FakeProcess)
+    monkeypatch.setattr(compare, "ServerProcess", process_class(make, started))
     config = {"num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 256}
     (tmp_path / "config.json").write_text(json.dumps(config))
     argv = ["--compare", "--model-path", str(tmp_path), "--kv-tokens", "8192", "--json", str(tmp_path / "r.json")]

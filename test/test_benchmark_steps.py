@@ -16,6 +16,7 @@ from benchmark.common.errors import BenchmarkError
 from benchmark.common.server import free_port
 from benchmark.serving import step_probe, step_summary, steps
 from benchmark.serving.step_probe import Limits, StepProbe, StepWorkload
+from stand_in import process_class
 
 LOAD = StepWorkload(
     contexts=(128, 256),
@@ -297,31 +298,18 @@ def test_steps_compare_two_servers(
     """The whole --compare path; only the server processes are replaced."""
     started: list[tuple[list[str], FakeServer]] = []
 
-    class FakeProcess:
-        def __init__(self, argv: list[str], url: str, log_path: Path, health_timeout_s: float) -> None:
-            ours = "sglang_mosaic.launch_server" in argv
-            tokens = 4096 if ours else stock_tokens
-            info = {
-                "attention_backend": "mosaic" if ours else "fa3",
-                "max_total_num_tokens": tokens,
-                "max_req_input_len": tokens - 6,
-                "internal_states": [{"memory_usage": {"kvcache": 0.1}}],
-            }
-            self._server = FakeServer(info, clock)
-            self.url = f"http://127.0.0.1:{self._server.port}"
-            started.append((argv, self._server))
+    def make(argv: list[str]) -> FakeServer:
+        ours = "sglang_mosaic.launch_server" in argv
+        tokens = 4096 if ours else stock_tokens
+        info = {
+            "attention_backend": "mosaic" if ours else "fa3",
+            "max_total_num_tokens": tokens,
+            "max_req_input_len": tokens - 6,
+            "internal_states": [{"memory_usage": {"kvcache": 0.1}}],
+        }
+        return FakeServer(info, clock)
 
-        def __enter__(self) -> FakeProcess:
-            self._server.__enter__()
-            return self
-
-        def __exit__(self, *details: object) -> None:
-            self._server.__exit__()
-
-        def check_alive(self) -> None:
-            """It is a thread of the test."""
-
-    monkeypatch.setattr(compare, "ServerProcess", FakeProcess)
+    monkeypatch.setattr(compare, "ServerProcess", process_class(make, started))
     config = {"num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 256}
     (tmp_path / "config.json").write_text(json.dumps(config | {"vocab_size": 300}))
     argv = ["--compare", "--model-path", str(tmp_path), "--kv-tokens", "4096", "--repeats", "1", *SIZES]

@@ -221,14 +221,10 @@ class MosaicAttentionBackend(TorchNativeAttnBackend):
         if isinstance(plan, _Decode):
             out = self._decoding.run(plan.step, plan.reading, index, queries, layer.scaling)
         elif isinstance(plan, _Prefill):
-            new = (
-                None if x is None else x.view(-1, heads, dim)
-                for x, heads, dim in (
-                    (k, layer.tp_k_head_num, layer.qk_head_dim),
-                    (v, layer.tp_v_head_num, layer.v_head_dim),
-                )
-            )
-            out = plan.attention.run(index, queries, *new, layer.scaling)
+            if k is not None and v is not None:
+                k = k.view(-1, layer.tp_k_head_num, layer.qk_head_dim)
+                v = v.view(-1, layer.tp_v_head_num, layer.v_head_dim)
+            out = plan.attention.run(index, queries, k, v, layer.scaling)
         else:
             out = q.new_empty(queries.shape[0], layer.tp_q_head_num, layer.v_head_dim)
             for run in plan.dense:

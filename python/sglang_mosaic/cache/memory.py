@@ -314,11 +314,9 @@ class PageMemory:
         if not pages:
             return
         frames = torch.tensor([self.lifecycle.frame[page] for page in pages], device=self.table.frames.device)
-        squared = torch.zeros(len(pages), dtype=torch.float64, device=frames.device)
-        for layer in range(len(self.dense_k)):
-            _, errors = self._newest.encode(layer, *self.dense_rows(layer, frames))
-            squared += errors.double().square().mean(1) / len(self.dense_k)
-        over = (squared.sqrt() > limit).tolist()
+        layers = len(self.dense_k)
+        errors = self._newest.encode_layers(layers, lambda layer: self.dense_rows(layer, frames), lambda *_: None)
+        over = (errors.double().square().mean((0, 2)).sqrt() > limit).tolist()
         self.lifecycle.costly.update(page for page, exceeds in zip(pages, over, strict=True) if exceeds)
 
     def _calibrate(self, frames: Iterable[int]) -> None:

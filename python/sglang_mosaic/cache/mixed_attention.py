@@ -77,8 +77,7 @@ class MixedAttention:
         self._blocks = _blocks(memory, [s.frames[m] for s, m in zip(sequences, is_mosaic, strict=True)])
         self._parts = []
         for sequence, mosaic in zip(sequences, is_mosaic, strict=True):
-            slots = (sequence.frames[:, None] * PAGE_SIZE + torch.arange(PAGE_SIZE)).flatten()[: sequence.tokens]
-            dense = slots[~mosaic.repeat_interleave(PAGE_SIZE)[: sequence.tokens]]
+            dense = dense_rows(sequence, mosaic)
             self._parts.append(
                 Part(
                     rows=slice(sequence.first_query, sequence.first_query + sequence.queries),
@@ -142,6 +141,14 @@ class MixedAttention:
         k = self.memory.dense_k[layer][part.dense_slots].transpose(0, 1)
         v = self.memory.dense_v[layer][part.dense_slots].transpose(0, 1)
         return attend(q, k, v, scale, causal_offset=part.causal_offset)
+
+
+def dense_rows(sequence: Sequence, is_mosaic: torch.Tensor) -> torch.Tensor:
+    """Rows of the dense slabs, int64, of every uncompressed token of a request in order; is_mosaic bool [pages]."""
+    frames = sequence.frames[~is_mosaic]
+    # The page that is being written is the last one, and never compressed.
+    count = sequence.tokens - PAGE_SIZE * int(is_mosaic.sum())
+    return (frames[:, None] * PAGE_SIZE + torch.arange(PAGE_SIZE)).flatten()[:count]
 
 
 def _blocks(memory: PageMemory, chosen: list[torch.Tensor]) -> list[Block]:

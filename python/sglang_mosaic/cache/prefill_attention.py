@@ -18,9 +18,8 @@ from mosaic_kernels.merge_lse.launch import merge_rows
 from mosaic_kernels.rotate_rows.launch import rotate_rows
 from mosaic_kernels.segment_decode.launch import decode_frames
 from sglang_mosaic.cache.memory import PageMemory
-from sglang_mosaic.cache.mixed_attention import Sequence
+from sglang_mosaic.cache.mixed_attention import Sequence, dense_rows
 from sglang_mosaic.cache.segment_tables import SegmentTables
-from sglang_mosaic.page import PAGE_SIZE
 
 BLOCK_PAGES = 512
 """Compressed pages decoded at a time: bounds the scratch to 32k tokens of float16 K and V of one layer."""
@@ -48,7 +47,7 @@ class PrefillAttention:
         self._memory, self._tables = memory, tables
         device = memory.table.frames.device
         compressed = [sequence.frames >= memory.table.first_mosaic for sequence in sequences]
-        own = [_dense_rows(s, mosaic) for s, mosaic in zip(sequences, compressed, strict=True)]
+        own = [dense_rows(s, mosaic) for s, mosaic in zip(sequences, compressed, strict=True)]
         news, lengths = [s.queries for s in sequences], [len(rows) for rows in own]
         self._rows = torch.cat(own).to(device, non_blocking=True)
         self._queries = _starts(news, device)
@@ -103,19 +102,11 @@ class PrefillAttention:
         return out
 
 
-def _dense_rows(sequence: Sequence, compressed: torch.Tensor) -> torch.Tensor:
-    """int64, of the dense slabs, of every uncompressed token of a request in order."""
-    frames = sequence.frames[~compressed]
-    # The page that is being written is the last one, and never compressed.
-    count = sequence.tokens - PAGE_SIZE * int(compressed.sum())
-    return (frames[:, None] * PAGE_SIZE + torch.arange(PAGE_SIZE)).flatten()[:count]
-
-
 def _shared(memory: PageMemory, chosen: list[torch.Tensor]) -> Iterator[tuple[int, torch.Tensor, list[int]]]:
     """Mosaic frames `chosen[i]` of each sequence i, every frame once: those of one epoch that the same sequences read,
     and which sequences."""
     owner = torch.arange(len(chosen)).repeat_interleave(torch.tensor([len(frames) for frames in chosen]))
-    frames, at = torch.unique(torch.cat(list(chosen)), return_inverse=True)
+    frames, at = torch.unique(torch.cat(chosen), return_inverse=True)
     numbers = memory.epochs.numbers_of(frames)
     group = numbers
     for first in range(0, len(chosen), _TOGETHER):

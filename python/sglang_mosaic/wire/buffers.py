@@ -1,7 +1,7 @@
 """Host memory that is used again.
 
-Memory that the system has just given costs several times what copying into it does: 1.6 ms instead of .25 for the 2.3
-MB of a page of an 8B model.
+Memory that the system has just given costs several times what copying into it does: for the 2.3 MB of a page of an 8B
+model 1.6 ms instead of .25, on two CPU cores.
 """
 
 from __future__ import annotations
