@@ -31,7 +31,7 @@ test: install model ## run the whole test suite, with SGLANG=0.5.23 a short one;
 
 test-gpu: install ## run the tests that have something to do there on this machine's GPU
 	@$(PY) -c 'import sys, torch; torch.cuda.is_available() or sys.exit("make test-gpu: torch sees no CUDA device")'
-	@$(PY) -m pytest test/test_kernels_*.py test/test_decode_attention.py test/test_host_*.py $(PYTEST_ARGS)
+	@$(PY) -m pytest test/test_kernels_*.py test/test_decode_attention.py test/test_prefill_attention.py test/test_host_*.py $(PYTEST_ARGS)
 
 bench-gpu: install ## measure this machine's GPU into benchmark/results/; ARGS="--only steps --out DIR"
 	@$(PY) scripts/bench_gpu.py $(ARGS)
