@@ -1,7 +1,7 @@
 """An SGLang program: a conversation that forks into branches, all of them on one cached beginning.
 
-    python -m sglang_mosaic.launch_server --model-path MODEL
-    python examples/frontend_program.py --url http://127.0.0.1:30000
+python -m sglang_mosaic.launch_server --model-path MODEL
+python examples/frontend_program.py --url http://127.0.0.1:30000
 """
 
 from __future__ import annotations

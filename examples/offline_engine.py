@@ -1,6 +1,6 @@
 """SGLang's engine inside a Python program, with the compressed KV cache; no server.
 
-    python examples/offline_engine.py --model-path MODEL
+python examples/offline_engine.py --model-path MODEL
 """
 
 from __future__ import annotations

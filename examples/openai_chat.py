@@ -1,7 +1,7 @@
 """Visitors of a museum ask one assistant: they share its long instructions, and the server computes those once.
 
-    python -m sglang_mosaic.launch_server --model-path MODEL --enable-cache-report
-    python examples/openai_chat.py --url http://127.0.0.1:30000
+python -m sglang_mosaic.launch_server --model-path MODEL --enable-cache-report
+python examples/openai_chat.py --url http://127.0.0.1:30000
 """
 
 from __future__ import annotations

@@ -71,10 +71,21 @@ def test_statistics_hold_no_memory_of_the_caller_and_report_their_bytes():
     statistics.observe(0, q[:0])
     assert statistics.nbytes == 0 and statistics.energy(0) is None
     statistics.observe(0, q)
-    kept, energy = statistics.sample(0).clone(), statistics.energy(0)
+    kept, energy = statistics.sample(0), statistics.energy(0)
+    assert len(kept) == 10
     q.zero_()
     assert torch.equal(statistics.sample(0), kept) and torch.equal(statistics.energy(0), energy)
-    assert statistics.nbytes == 2 * 16 * 8 + 10 * 4 * 16 * 2
+    assert statistics.nbytes == 2 * 16 * 8 + SAMPLE_TOKENS * 4 * 16 * 2
+
+
+def test_a_sample_that_was_taken_stays_as_it_is():
+    statistics = QueryStatistics(1, 2, 16, token_budget=100_000)
+    statistics.observe(0, noise(5000, 2, 16))
+    taken = statistics.sample(0)
+    before = taken.clone()
+    for seed in range(40):
+        statistics.observe(0, noise(500, 2, 16, seed=seed))
+    assert torch.equal(taken, before) and not torch.equal(statistics.sample(0), taken)
 
 
 def test_query_heads_belong_to_their_kv_head():

@@ -7,7 +7,7 @@ import time
 import pytest
 import torch
 
-from sglang_mosaic.cache.dense_bytes import dense_bytes, host_bytes, write_dense_bytes
+from sglang_mosaic.cache.dense_bytes import dense_bytes, dense_layers, host_bytes, write_dense_bytes
 from sglang_mosaic.cache.host_copies import HostCopies
 from sglang_mosaic.cache.host_page import Label
 
@@ -49,6 +49,8 @@ def test_dense_frames_come_back_bit_for_bit(dtype: torch.dtype, dims: tuple[int,
     frames = torch.tensor([3, 1], device=DEVICE)
     data = dense_bytes(k, v, frames)
     assert data.shape == (2, 3 * 64 * 2 * sum(dims) * dtype.itemsize)
+    for layers, found in zip((k, v), dense_layers(data[0], k, v), strict=True):
+        assert all(torch.equal(y, x[3 * 64 : 4 * 64]) for x, y in zip(layers, found, strict=True))
     for x in (*k, *v):
         x.view(-1, 64, *x.shape[1:])[frames] = 0
     copies = HostCopies()

@@ -37,7 +37,7 @@ def both(memory, sequences, layer=0, new=None):
     wanted = torch.full_like(q, torch.nan)
     MixedAttention(memory, sequences).run(layer, q, wanted, SCALE)
     k, v = (None, None) if new is None else new
-    return PrefillAttention(memory, SegmentTables(memory), sequences).run(layer, q, k, v, SCALE), wanted
+    return PrefillAttention.of(memory, SegmentTables(memory), sequences).run(layer, q, k, v, SCALE), wanted
 
 
 @pytest.mark.parametrize(("block", "together"), [(2, 31), (512, 2)])
@@ -79,7 +79,7 @@ def test_a_request_does_not_depend_on_those_beside_it(memory):
     one, other = (SHORT, 3), ([*SHORT[:-1], 21], 5)
     together, _ = both(memory, requests(memory, one, other))
     q = queries(8)[:3]
-    alone = PrefillAttention(memory, SegmentTables(memory), requests(memory, one)).run(0, q, None, None, SCALE)
+    alone = PrefillAttention.of(memory, SegmentTables(memory), requests(memory, one)).run(0, q, None, None, SCALE)
     assert relative(together[:3], alone) < 2e-3
 
 
@@ -92,3 +92,14 @@ def test_a_prompt_without_a_prefix_attends_to_what_was_just_computed(memory):
     assert relative(found, wanted) < 4e-3
     moved, _ = both(memory, sequences, new=(new[0], new[1] + 1))
     assert relative(moved, wanted + 1) < 4e-3
+
+
+@pytest.mark.parametrize("given", [True, False], ids=["computed", "written"])
+def test_new_prompts_are_planned_without_a_look_at_the_pool(memory, given):
+    """Knowing only where their tokens are written to."""
+    sequences = requests(memory, ([20], 44), ([21], 44))
+    rows = memory.table.dense_slots(torch.cat([page * 64 + torch.arange(44, device=DEVICE) for page in (20, 21)]))
+    new = (memory.dense_k[0][rows], memory.dense_v[0][rows]) if given else (None, None)
+    found = PrefillAttention(memory, SegmentTables(memory), rows, [44, 44], [44, 44]).run(0, queries(88), *new, SCALE)
+    _, wanted = both(memory, sequences)
+    assert relative(found, wanted) < 4e-3

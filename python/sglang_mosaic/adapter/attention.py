@@ -165,7 +165,10 @@ class MosaicAttentionBackend(TorchNativeAttnBackend):
     # Prefills by kernels.
 
     def _plan_prefill(self, batch: ForwardBatch) -> _Prefill:
-        return _Prefill(self._readers.prefill(self._sequences(batch)), self._write_loc(batch))
+        write_loc, news = self._write_loc(batch), batch.extend_seq_lens_cpu
+        if news is not None and news == _lengths(batch):
+            return _Prefill(self._readers.prefill_new(write_loc.full_loc, news), write_loc)
+        return _Prefill(self._readers.prefill(self._sequences(batch)), write_loc)
 
     # By the reference.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterator, Sequence
 
@@ -20,6 +21,16 @@ def dense_bytes(k: Sequence[torch.Tensor], v: Sequence[torch.Tensor], frames: to
         uint8 [P, bytes of a dense frame], a copy.
     """
     return torch.cat([x[frames].flatten(1) for x in _by_frame(k, v)], 1).view(torch.uint8)
+
+
+def dense_layers(
+    row: torch.Tensor, k: Sequence[torch.Tensor], v: Sequence[torch.Tensor]
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """K [64, kv_heads, dim] of every layer, and V, of a row of `dense_bytes` (the same memory) of pages of k and v."""
+    shapes = [(PAGE_SIZE, *x.shape[1:]) for layer in zip(k, v, strict=True) for x in layer]
+    parts = row.view(k[0].dtype).split([math.prod(shape) for shape in shapes])
+    found = [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+    return found[::2], found[1::2]
 
 
 def write_dense_bytes(

@@ -11,6 +11,7 @@ import torch
 from sglang_mosaic.cache.audit import audit_epochs, audit_frames, audit_free_list, audit_table, audit_tree
 from sglang_mosaic.cache.calibration_process import CalibrationProcess
 from sglang_mosaic.cache.canary import PageCanary
+from sglang_mosaic.cache.dense_bytes import dense_bytes, dense_layers
 from sglang_mosaic.cache.encoding_errors import EncodingErrors
 from sglang_mosaic.cache.epochs import EpochTable
 from sglang_mosaic.cache.host_page import HostPage
@@ -29,6 +30,9 @@ from sglang_mosaic.layout import MemoryPlan
 from sglang_mosaic.page import PAGE_SIZE, PageState
 from sglang_mosaic.pool.page_table import PageTable
 from sglang_mosaic.pool.slabs import MosaicSlab
+
+SAMPLED_TOGETHER = 8
+"""Pages that are gathered for a calibration at a time: twice their bytes are taken on the device meanwhile."""
 
 
 class PageMemory:
@@ -355,9 +359,13 @@ class PageMemory:
             self.host.tier.put_epoch(epoch.hash, epoch_to_bytes(planes_of(epoch)))
 
     def _read(self, frames: list[int]) -> list[SampledPage]:
-        rows = torch.tensor(frames, device=self.table.frames.device)
-        layers = [[x.cpu() for x in self.dense_rows(layer, rows)] for layer in range(len(self.dense_k))]
-        return [
-            SampledPage([k[i].clone() for k, _ in layers], [v[i].clone() for _, v in layers])
-            for i in range(len(frames))
-        ]
+        """Copies of pages on their way to the host: no forward waits for them."""
+        pages: list[SampledPage] = []
+        for some in torch.tensor(frames, device=self.table.frames.device).split(SAMPLED_TOGETHER):
+            rows = [
+                torch.empty(row.shape, dtype=row.dtype, pin_memory=row.is_cuda).copy_(row, non_blocking=True)
+                for row in dense_bytes(self.dense_k, self.dense_v, some)
+            ]
+            copied = torch.cuda.current_stream(some.device).record_event() if some.is_cuda else None
+            pages += [SampledPage(*dense_layers(row, self.dense_k, self.dense_v), copied) for row in rows]
+        return pages

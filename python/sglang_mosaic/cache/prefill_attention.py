@@ -40,16 +40,17 @@ class PrefillAttention:
     Args:
         memory: the pool; its epochs are `PlanesEpoch`s.
         tables: of the pool.
-        sequences: all requests of the batch, in the order of their queries.
+        rows: integer, rows of the dense slabs of the uncompressed tokens of all requests, one request after the other.
+        news: new tokens of each request, the last ones of it.
+        lengths: uncompressed tokens of each request, the new ones included.
     """
 
-    def __init__(self, memory: PageMemory, tables: SegmentTables, sequences: list[Sequence]) -> None:
+    def __init__(
+        self, memory: PageMemory, tables: SegmentTables, rows: torch.Tensor, news: list[int], lengths: list[int]
+    ) -> None:
         self._memory, self._tables = memory, tables
         device = memory.table.frames.device
-        compressed = [sequence.frames >= memory.table.first_mosaic for sequence in sequences]
-        own = [dense_rows(s, mosaic) for s, mosaic in zip(sequences, compressed, strict=True)]
-        news, lengths = [s.queries for s in sequences], [len(rows) for rows in own]
-        self._rows = torch.cat(own).to(device, non_blocking=True)
+        self._rows = rows.to(device, non_blocking=True)
         self._queries = _starts(news, device)
         # Compressed pages lie before every query, so masking the others alone is causal.
         self._keys = _starts(lengths, device)
@@ -58,15 +59,28 @@ class PrefillAttention:
         """Whether every uncompressed token is a new one."""
         self._blocks: dict[int, list[_Block]] = {}
         """By slot of their epoch in the tables."""
+
+    @classmethod
+    def of(cls, memory: PageMemory, tables: SegmentTables, sequences: list[Sequence]) -> PrefillAttention:
+        """That of the requests of a batch, in the order of their queries."""
+        compressed = [sequence.frames >= memory.table.first_mosaic for sequence in sequences]
+        own = [dense_rows(s, mosaic) for s, mosaic in zip(sequences, compressed, strict=True)]
+        found = cls(memory, tables, torch.cat(own), [s.queries for s in sequences], [len(rows) for rows in own])
         mosaic = [s.frames[which] for s, which in zip(sequences, compressed, strict=True)]
         if any(map(len, mosaic)):
-            tables.update()
-            spans = [range(s.first_query, s.first_query + s.queries) for s in sequences]
-            for number, frames, readers in _shared(memory, mosaic):
-                rows = _rows([spans[i] for i in readers], device)
-                of_all = (frames - memory.table.first_mosaic).to(device, non_blocking=True)
-                blocks = self._blocks.setdefault(memory.epochs.slots[number], [])
-                blocks += [_Block(part, rows) for part in of_all.split(BLOCK_PAGES)]
+            found._decode(sequences, mosaic)
+        return found
+
+    def _decode(self, sequences: list[Sequence], mosaic: list[torch.Tensor]) -> None:
+        """Plan to read compressed pages, by sequence int64 [pages] frames."""
+        memory, device = self._memory, self._memory.table.frames.device
+        self._tables.update()
+        spans = [range(s.first_query, s.first_query + s.queries) for s in sequences]
+        for number, frames, readers in _shared(memory, mosaic):
+            rows = _rows([spans[i] for i in readers], device)
+            of_all = (frames - memory.table.first_mosaic).to(device, non_blocking=True)
+            blocks = self._blocks.setdefault(memory.epochs.slots[number], [])
+            blocks += [_Block(part, rows) for part in of_all.split(BLOCK_PAGES)]
 
     def run(
         self, layer: int, q: torch.Tensor, k: torch.Tensor | None, v: torch.Tensor | None, scale: float

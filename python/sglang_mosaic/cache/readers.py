@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
+
 from mosaic_kernels.segment_table import kernels_can
 from sglang_mosaic.cache.memory import PageMemory
 from sglang_mosaic.cache.mixed_attention import MixedAttention, Sequence
@@ -60,7 +62,19 @@ class Readers:
         from sglang_mosaic.cache.prefill_attention import PrefillAttention
 
         assert self._tables is not None, "there are no kernels for this pool"
-        return PrefillAttention(self._memory, self._tables, sequences)
+        return PrefillAttention.of(self._memory, self._tables, sequences)
+
+    def prefill_new(self, rows: torch.Tensor, news: list[int]) -> PrefillAttention:
+        """The same where no request has an earlier token. Does not wait for the device.
+
+        Args:
+            rows: integer [new tokens], where they are written to.
+            news: tokens of each request.
+        """
+        from sglang_mosaic.cache.prefill_attention import PrefillAttention
+
+        assert self._tables is not None, "there are no kernels for this pool"
+        return PrefillAttention(self._memory, self._tables, rows, news, news)
 
     def plan(self, sequences: list[Sequence]) -> MixedAttention:
         """Attention of requests with at least one mosaic page each, by the reference."""

@@ -21,12 +21,14 @@ SINK_PAGES = 16
 
 
 class SampledPage(NamedTuple):
-    """One page, in host memory."""
+    """One page, in host memory once it is copied."""
 
     k: list[torch.Tensor]
     """Of every layer, [64, H, Dk]."""
     v: list[torch.Tensor]
     """Of every layer, [64, H, Dv]."""
+    copied: torch.cuda.Event | None = None
+    """None: it is there."""
 
 
 class Sample(NamedTuple):
@@ -37,7 +39,10 @@ class Sample(NamedTuple):
     """How many of them start a sequence: the first ones."""
 
     def layers(self, device: torch.device) -> list[LayerSample]:
-        """Layer by layer; all of it is copied."""
+        """Layer by layer; all of it is copied, once it is there."""
+        for page in self.pages:
+            if page.copied is not None:
+                page.copied.synchronize()
         return [
             LayerSample(
                 torch.stack([page.k[layer] for page in self.pages]).to(device),
@@ -49,7 +54,7 @@ class Sample(NamedTuple):
 
 
 Read = Callable[[list[int]], list[SampledPage]]
-"""Copies dense frames to the host."""
+"""Starts to copy dense frames to the host."""
 
 
 class _Reservoir:
@@ -77,7 +82,7 @@ class PageSamples:
     """What calibrations see.
 
     Args:
-        read: copies dense frames to the host.
+        read: starts to copy dense frames to the host.
     """
 
     def __init__(self, read: Read) -> None:

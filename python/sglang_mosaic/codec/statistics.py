@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import random
 
 import torch
@@ -35,8 +36,7 @@ class QueryStatistics:
         self._sums: list[torch.Tensor | None] = [None] * layers
         self._sample: list[torch.Tensor | None] = [None] * layers
         self._sampled = [0] * layers
-        # Seeded: the same requests in the same order give the same calibrations.
-        self._random = [random.Random(0) for _ in range(layers)]
+        """Queries that were offered to the sample."""
 
     def observe(self, layer: int, q: torch.Tensor) -> None:
         """Add queries [T, Hq, Dk] of any float dtype, Hq a multiple of Hkv, as far as the budget goes."""
@@ -56,25 +56,16 @@ class QueryStatistics:
         add_squares(q, sums)
         self._seen[layer] += tokens * group
         self._left[layer] -= tokens
-        stride = -(-tokens // TOKENS_A_CALL)
-        self._keep(layer, q[(tokens - 1) % stride :: stride].detach())
+        self._keep(layer, q.detach())
 
     def _keep(self, layer: int, q: torch.Tensor) -> None:
-        """Reservoir sampling (algorithm R): old prompts and new ones stay with the same probability."""
-        old = self._sample[layer]
-        room = SAMPLE_TOKENS - (0 if old is None else len(old))
-        fresh = q[:room].clone()
-        sample = fresh if old is None else torch.cat((old, fresh))
-        self._sampled[layer] += len(fresh)
-        places: dict[int, int] = {}
-        for row in range(len(fresh), len(q)):
-            self._sampled[layer] += 1
-            place = self._random[layer].randrange(self._sampled[layer])
-            if place < SAMPLE_TOKENS:
-                places[place] = row
-        if places:
-            sample[list(places)] = q[list(places.values())]
-        self._sample[layer] = sample
+        rows, places, offered = _choice(self._sampled[layer], len(q), q.device)
+        self._sampled[layer] += offered
+        sample = self._sample[layer]
+        if sample is None:
+            sample = self._sample[layer] = q.new_zeros(SAMPLE_TOKENS, *q.shape[1:])
+        if len(places):
+            sample.index_copy_(0, places, q.index_select(0, rows))
 
     def full(self, layer: int) -> bool:
         """The budget of a layer is used up until the next epoch."""
@@ -86,8 +77,9 @@ class QueryStatistics:
         return None if total is None else total / self._seen[layer]
 
     def sample(self, layer: int) -> torch.Tensor | None:
-        """At most SAMPLE_TOKENS queries [T, Hq, Dk] of a layer, or None if it saw none."""
-        return self._sample[layer]
+        """At most SAMPLE_TOKENS queries [T, Hq, Dk] of a layer, a copy, or None if it saw none."""
+        sample = self._sample[layer]
+        return None if sample is None else sample[: self._sampled[layer]].clone()
 
     def renew(self) -> None:
         """Give every layer its budget again; what was learnt stays."""
@@ -97,6 +89,33 @@ class QueryStatistics:
     def nbytes(self) -> int:
         """Bytes held at the moment, on the device."""
         return sum(x.nbytes for x in (*self._sums, *self._sample) if x is not None)
+
+
+@functools.lru_cache(maxsize=16)
+def _choice(before: int, tokens: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """Which queries of a call go where in the sample: old prompts and new ones stay with the same probability
+    (reservoir sampling, algorithm R, Vitter 1985, doi 10.1145/3147.3165).
+
+    All layers see the same tokens, and tables that are made for each of them cost more than looking does.
+
+    Args:
+        before: queries that were offered before.
+        tokens: of the call; TOKENS_A_CALL of them at most are offered, evenly, the last one among them.
+
+    Returns:
+        int64 [N] rows of the call, int64 [N] places in the sample, and how many were offered.
+    """
+    stride = -(-tokens // TOKENS_A_CALL)
+    offered = range((tokens - 1) % stride, tokens, stride)
+    # Seeded: the same requests in the same order give the same calibrations.
+    chance = random.Random(before)
+    chosen: dict[int, int] = {}
+    for number, row in enumerate(offered, before + 1):
+        place = number - 1 if number <= SAMPLE_TOKENS else chance.randrange(number)
+        if place < SAMPLE_TOKENS:
+            chosen[place] = row
+    rows, places = (torch.tensor(list(x), dtype=torch.int64, device=device) for x in (chosen.values(), chosen))
+    return rows, places, len(offered)
 
 
 def by_kv_head(q: torch.Tensor, heads: int) -> torch.Tensor:
