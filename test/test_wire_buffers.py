@@ -42,3 +42,16 @@ def test_what_outlives_the_buffers_stays_as_it_is() -> None:
     view[:] = b"abc"
     del buffers
     assert bytes(view) == b"abc"
+
+
+def test_memory_is_taken_from_where_the_caller_says() -> None:
+    sizes: list[int] = []
+
+    def allocate(size: int) -> np.ndarray:
+        sizes.append(size)
+        return np.zeros(size, np.uint8)
+
+    buffers = Buffers(100, allocate)
+    for size in (40, 40, 30):
+        assert bytes(buffers.take(size)) == bytes(size)
+    assert sizes == [40, 30]

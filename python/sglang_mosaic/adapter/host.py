@@ -16,6 +16,7 @@ from sglang_mosaic.adapter import compat
 from sglang_mosaic.adapter.arguments import selects_mosaic
 from sglang_mosaic.adapter.restoring import RestoringPays
 from sglang_mosaic.adapter.rope import RopeOfModel, rope_of
+from sglang_mosaic.cache.host_copies import pinned_memory
 from sglang_mosaic.cache.host_tier import HostTier
 from sglang_mosaic.cache.memory import PageMemory
 from sglang_mosaic.config import MosaicConfig
@@ -24,6 +25,7 @@ from sglang_mosaic.layout import FrameBytes
 from sglang_mosaic.manager.keys import namespace
 from sglang_mosaic.manager.options import ManagerOptions
 from sglang_mosaic.manager.zmq_client import ZmqClient
+from sglang_mosaic.wire.buffers import usual_memory
 
 logger = logging.getLogger(__name__)
 
@@ -79,7 +81,8 @@ def connect(scheduler: Any, memory: PageMemory) -> None:
     rope = rope_of(scheduler.tp_worker.model_runner.model) if config.cold_max_error else RopeOfModel()
     options = manager_options(config, memory.plan.frame_bytes, rope)
     try:
-        client = ZmqClient(options)
+        on_gpu = memory.table.frames.is_cuda
+        client = ZmqClient(options, pinned_memory if on_gpu else usual_memory)
     except ConfigError as error:
         raise SystemExit(f"sglang_mosaic: --mosaic-host-gb: {error}") from error
     tier = HostTier(

@@ -5,9 +5,15 @@ from __future__ import annotations
 from collections import deque
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from sglang_mosaic.cache.host_page import HostPage, Label
+
+
+def pinned_memory(size: int) -> np.ndarray:
+    """uint8 [bytes] that a GPU reads and writes by itself."""
+    return torch.empty(size, dtype=torch.uint8, pin_memory=True).numpy()
 
 
 class _Batch(NamedTuple):

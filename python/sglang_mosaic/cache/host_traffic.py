@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import deque
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
@@ -30,6 +31,8 @@ class HostTraffic:
     def __init__(self, memory: PageMemory, tier: HostTier) -> None:
         self.tier = tier
         self._memory = memory
+        self._arriving: deque[tuple[list[Restore], torch.cuda.Event]] = deque()
+        """Host memory that the device reads from, and must not be used for other pages until then."""
 
     # Decisions (schedule stream; host only).
 
@@ -84,19 +87,20 @@ class HostTraffic:
                 self._copy_alike(alike, epoch, exact)
 
     def bring_back(self, restores: list[Restore]) -> None:
-        """Write the bytes of pages into their frames."""
+        """Write the bytes of pages into their frames. Does not wait for them."""
         memory, first = self._memory, self._memory.table.first_mosaic
-        for (mosaic, _), run in itertools.groupby(restores, lambda r: (r.frame >= first, len(r.data))):
-            alike = list(run)
-            frames = torch.tensor([restore.frame for restore in alike], device=memory.table.frames.device)
-            rows = torch.empty(len(alike), len(alike[0].data), dtype=torch.uint8, pin_memory=frames.is_cuda)
-            for row, restore in zip(rows, alike, strict=True):
-                row.copy_(host_bytes(restore.data))
-            rows = rows.to(frames.device, non_blocking=True)
-            if mosaic:
-                memory.slab.frames[:, : rows.shape[1]].index_copy_(0, frames - first, rows)
+        while self._arriving and self._arriving[0][1].query():
+            self._arriving.popleft()
+        for restore in restores:
+            data = host_bytes(restore.data)
+            if restore.frame >= first:
+                memory.slab.frames[restore.frame - first, : len(data)].copy_(data, non_blocking=True)
             else:
+                frames = torch.tensor([restore.frame], device=memory.table.frames.device)
+                rows = data.to(frames.device, non_blocking=True)[None]
                 write_dense_bytes(memory.dense_k, memory.dense_v, frames, rows)
+        if memory.table.frames.is_cuda:
+            self._arriving.append((restores, torch.cuda.current_stream(memory.table.frames.device).record_event()))
 
     def _bytes(self, epoch: Epoch | None, exact: bool) -> int:
         """Of a page as it is kept."""

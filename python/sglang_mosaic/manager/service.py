@@ -231,7 +231,8 @@ class Service:
             self.metrics.refused_messages += 1
             return miss
         try:
-            payload = self._slots.write(request.slot, request.key, part)
+            whole = len(part) == record.length
+            payload = self._slots.write(request.slot, request.key, part, record.checksum if whole else None)
         except WireError:
             self.metrics.refused_messages += 1
             return miss

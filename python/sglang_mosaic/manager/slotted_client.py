@@ -15,7 +15,7 @@ from sglang_mosaic.manager.options import ManagerOptions
 from sglang_mosaic.manager.store.record import RecordId
 from sglang_mosaic.manager.under_way import Calibration, FetchUnderWay, PutUnderWay, Upload
 from sglang_mosaic.wire import messages as wire
-from sglang_mosaic.wire.buffers import Buffers
+from sglang_mosaic.wire.buffers import Allocate, Buffers, usual_memory
 from sglang_mosaic.wire.messages import Meta, RecordKind, Slot, WireError
 from sglang_mosaic.wire.slots import SlotAllocator, SlotMemory
 
@@ -33,9 +33,10 @@ class SlottedClient(ManagerClient):
 
     Args:
         options: sizes and times.
+        allocate: gives memory for pages that come back.
     """
 
-    def __init__(self, options: ManagerOptions) -> None:
+    def __init__(self, options: ManagerOptions, allocate: Allocate = usual_memory) -> None:
         self.options = options
         self.counters = ClientCounters()
         self._numbers = itertools.count(1)
@@ -50,7 +51,7 @@ class SlottedClient(ManagerClient):
         self._fetches: dict[int, FetchUnderWay] = {}
         self._pending: set[RecordId] = set()
         self._uploads: deque[Upload] = deque()
-        self._buffers = Buffers(KEPT_BYTES)
+        self._buffers = Buffers(KEPT_BYTES, allocate)
         memory = SlotMemory.create(options.slots, options.slot_bytes)
         self._slots = SlotAllocator(memory.slots)
         self._stale = 0

@@ -16,6 +16,7 @@ from sglang_mosaic.manager.options import ManagerOptions
 from sglang_mosaic.manager.slotted_client import SlottedClient
 from sglang_mosaic.manager.supervisor import Supervisor
 from sglang_mosaic.wire import messages as wire
+from sglang_mosaic.wire.buffers import Allocate, usual_memory
 from sglang_mosaic.wire.slots import SlotMemory
 
 SPARE_MESSAGES = 64
@@ -40,13 +41,14 @@ class ZmqClient(SlottedClient):
 
     Args:
         options: sizes, limits and times.
+        allocate: as of `SlottedClient`.
 
     Raises:
         ConfigError: there is no place for sockets.
     """
 
-    def __init__(self, options: ManagerOptions) -> None:
-        super().__init__(options)
+    def __init__(self, options: ManagerOptions, allocate: Allocate = usual_memory) -> None:
+        super().__init__(options, allocate)
         self.link = Link.DOWN
         self._directory = ipc_directory.make()
         # For programs that end without `close`; the next start sweeps what a killed one leaves.

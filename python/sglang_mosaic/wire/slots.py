@@ -54,15 +54,18 @@ class SlotMemory:
         fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
         return cls(fd, slots, least_bytes)
 
-    def write(self, slot: Slot, key: bytes, data: bytes | memoryview) -> Payload:
+    def write(self, slot: Slot, key: bytes, data: bytes | memoryview, known: int | None = None) -> Payload:
         """Put bytes into a slot.
+
+        Args:
+            known: their `checksum`; None: compute it.
 
         Raises:
             WireError: there is no such slot, or they do not fit.
         """
         start = self._start(slot, len(data))
         self._map[start : start + len(data)] = data
-        return Payload(slot, len(data), checksum(key, data))
+        return Payload(slot, len(data), checksum(key, data) if known is None else known)
 
     def read(self, payload: Payload, key: bytes) -> bytes:
         """A copy of the bytes of a payload.
