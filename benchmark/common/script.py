@@ -40,13 +40,25 @@ def run_script(
     complete(results)
     failures = [*gate(results), *compare.unfair_comparison(results)]
     print(describe(results))
+    return publish(name, args, results, failures, draw, ratio=compare.ratios(results))
+
+
+def publish(
+    name: str,
+    args: argparse.Namespace,
+    results: Results,
+    failures: list[str],
+    draw: Callable[[Results], Figure],
+    **more: Any,
+) -> int:
+    """Write --json, with `more` in it, and --png; print why the gate failed. The exit status, 0 or 1 for that."""
     if args.json:
         report = {
             "benchmark": name,
             "environment": environment(),
-            "arguments": _public_arguments(args),
+            "arguments": {key: _public(value) for key, value in sorted(vars(args).items())},
             "gate": {"passed": not failures, "failures": failures},
-            "ratio": compare.ratios(results),
+            **more,
             "systems": results,
         }
         write_json(args.json, report)
@@ -59,8 +71,7 @@ def run_script(
     return 1 if failures else 0
 
 
-def _public_arguments(args: argparse.Namespace) -> dict[str, Any]:
-    return {
-        key: public_command([str(value)])[0] if isinstance(value, str | Path) else value
-        for key, value in sorted(vars(args).items())
-    }
+def _public(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _public(each) for key, each in value.items()}
+    return public_command([str(value)])[0] if isinstance(value, str | Path) else value

@@ -69,6 +69,18 @@ def flush_cache(url: str, patience_s: float = 30.0) -> None:
         time.sleep(0.5)
 
 
+def start_profile(url: str, **options: Any) -> None:
+    """SGLang's /start_profile, with the fields of its ProfileReq; BenchmarkError when the server refuses."""
+    response = _call("POST", f"{url}/start_profile", json=options)
+    if not response.ok:
+        raise BenchmarkError(f"{url}/start_profile answered HTTP {response.status_code}: {response.text[:300]}")
+
+
+def stop_profile(url: str) -> None:
+    """End what /start_profile began; nothing happens where nothing is being recorded."""
+    _call("POST", f"{url}/stop_profile")
+
+
 def generate_body(prompt: str | list[int], max_new_tokens: int, **more: Any) -> dict[str, Any]:
     """Body of /generate: a greedy answer of a fixed length, with the two best log-probabilities of each token."""
     return {
@@ -80,9 +92,9 @@ def generate_body(prompt: str | list[int], max_new_tokens: int, **more: Any) -> 
     }
 
 
-def token_body(input_ids: list[int], output_tokens: int) -> bytes:
-    """Body of /generate: a greedy answer of a fixed length to token ids, and nothing besides. Written before a request
-    is timed: 128k ids take milliseconds.
+def token_body(input_ids: list[int] | list[list[int]], output_tokens: int) -> bytes:
+    """Body of /generate: a greedy answer of a fixed length to token ids, or to each list of them, and nothing besides.
+    Written before a request is timed: 128k ids take milliseconds.
     """
     sampling = {"max_new_tokens": output_tokens, "temperature": 0.0, "ignore_eos": True}
     return json.dumps({"input_ids": input_ids, "sampling_params": sampling}).encode()
@@ -107,13 +119,23 @@ class TokenClient:
         Raises:
             BenchmarkError: no answer, an error status, or an aborted request.
         """
+        return self._meta(self._post(body))
+
+    def generate_all(self, body: bytes) -> list[dict[str, Any]]:
+        """The same for a body with a list of prompts, which reach the scheduler together: meta_info in their order."""
+        return [self._meta(answer) for answer in self._post(body)]
+
+    def _post(self, body: bytes) -> Any:
         try:
             response = self._session.post(self._url, data=body, timeout=self._timeout_s)
         except requests.RequestException as error:
             raise BenchmarkError(f"POST {self._url} failed: {error}") from error
         if not response.ok:
             raise BenchmarkError(f"POST {self._url} answered HTTP {response.status_code}: {response.text[:300]}")
-        meta = response.json()["meta_info"]
+        return response.json()
+
+    def _meta(self, answer: dict[str, Any]) -> dict[str, Any]:
+        meta = answer["meta_info"]
         finish = meta.get("finish_reason") or {}
         if finish.get("type") == "abort":
             prompt = meta.get("prompt_tokens", "unknown many")

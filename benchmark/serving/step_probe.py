@@ -35,6 +35,11 @@ Row = dict[str, Any]
 Send = Callable[[list[list[int]], int], tuple[float, list[dict[str, Any]]]]
 
 
+def random_ids(count: int, vocabulary: int, label: str) -> list[int]:
+    """`count` token ids in [0, vocabulary); the same label gives the same ones in every process."""
+    return random.Random(label).choices(range(vocabulary), k=count)
+
+
 @dataclass(frozen=True)
 class StepWorkload:
     """What is measured. Lengths in tokens, prompts of random ids in [0, vocabulary)."""
@@ -53,8 +58,8 @@ class StepWorkload:
     seed: int
 
     def ids(self, count: int, label: object) -> list[int]:
-        """`count` ids; the same label gives the same ones in every process."""
-        return random.Random(f"{self.seed} {label}").choices(range(self.vocabulary), k=count)
+        """`count` ids of the workload (`random_ids`)."""
+        return random_ids(count, self.vocabulary, f"{self.seed} {label}")
 
     @property
     def measurements(self) -> int:
