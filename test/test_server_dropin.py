@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gzip
 import re
 from pathlib import Path
 
 import pytest
+import requests
 
 from real_server import Server, Servers, run_python
 
@@ -42,6 +44,14 @@ def test_offline_engine_example_answers(servers: Servers, model: Path) -> None:
     output = run_example("offline_engine.py", "--model-path", str(model))
     assert "The capital of France is Paris" in output
     assert re.search(r"\d+ tokens fit into \d+ MiB of KV cache", output), output
+
+
+def test_sglangs_profiler_records_steps(pressure_server: Server, tmp_path: Path) -> None:
+    options = {"output_dir": str(tmp_path), "activities": ["CPU", "GPU"], "num_steps": 2}
+    assert requests.post(f"{pressure_server.url}/start_profile", json=options, timeout=60).ok
+    assert len(pressure_server.generate("The capital of France is", 8).tokens) == 8
+    [trace] = tmp_path.glob("*.trace.json.gz")
+    assert b"traceEvents" in gzip.decompress(trace.read_bytes())
 
 
 def run_example(name: str, *arguments: str) -> str:

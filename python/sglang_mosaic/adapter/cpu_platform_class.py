@@ -35,6 +35,14 @@ class PlainCpuPlatform(CpuDeviceMixin, SRTPlatform):
     def get_dispatch_key_name(self) -> str:
         return "native"
 
+    # For /start_profile: without them the scheduler ends there.
+
+    def get_torch_profiler_activity_str(self) -> str:
+        return "CPU"
+
+    def get_torch_profiler_activity(self) -> torch.profiler.ProfilerActivity:
+        return torch.profiler.ProfilerActivity.CPU
+
 
 def cpu_allocator_class() -> type:
     """SGLang's paged allocator with its two Triton launches replaced by torch. Built late to avoid import cycles."""
