@@ -132,6 +132,24 @@ def test_without_room_for_all_the_start_of_a_sequence_is_kept() -> None:
     tier.close()
 
 
+def test_what_the_host_has_is_not_copied_again() -> None:
+    memory = pool()
+    keys = page_keys(namespace("test"), range(2 * PAGE_SIZE))
+    tier = memory.host.tier
+    for times in (1, 2):
+        memory.allocate([1, 2], sinks=[1])
+        memory.begin_forward()
+        memory.will_write(torch.arange(PAGE_SIZE, 3 * PAGE_SIZE, device=DEVICE))
+        memory.begin_forward()
+        memory.free([1, 2])
+        memory.host.evicted([1, 2], keys, 0)
+        memory.begin_forward()
+        while tier.busy:
+            tier.poll()
+        assert tier.held(keys) == 2 and tier.counters.offered == 2, times
+    tier.close()
+
+
 @pytest.mark.parametrize(("encode", "max_error"), [("seal", None), ("pressure", 0.2)])
 def test_the_first_calibration_waits_for_a_page_that_was_written_here(encode: str, max_error: float | None) -> None:
     """Uncompressed pages of an earlier server come back first; they are not in their frames yet."""

@@ -89,7 +89,8 @@ class Soak:
             BenchmarkError: there is no result.
         """
         disk, jitter = folder / "store", folder / "jitter"
-        os.environ.update(ENVIRONMENT, PYTHONPATH=str(JITTER_PLUGIN), MOSAIC_JITTER=str(jitter))
+        path = os.pathsep.join(filter(None, (str(JITTER_PLUGIN), os.environ.get("PYTHONPATH"))))
+        os.environ.update(ENVIRONMENT, PYTHONPATH=path, MOSAIC_JITTER=str(jitter))
         shm = shared_memory_files()
         with make_server(model_path, folder / "server.log", server_args, "--mosaic-disk", str(disk)) as server:
             url = server.url

@@ -37,12 +37,14 @@ class HostTraffic:
     # Decisions (schedule stream; host only).
 
     def evicted(self, pages: Iterable[int], keys: Iterable[bytes], position: int) -> None:
-        """Pages that were just freed left the prefix tree: keep them on the host, under these keys.
+        """Pages that were just freed left the prefix tree: keep those on the host that it has not, under these keys.
 
         Args:
             position: of the first page's first token in its sequence.
         """
         for i, (page, key) in enumerate(zip(pages, keys, strict=True)):
+            if self.tier.held([key]):
+                continue
             self._memory.lifecycle.copy_out(page, key, position + i * PAGE_SIZE, self._memory.epochs.of)
 
     def valid(self, pages: Sequence[HostPage]) -> int:

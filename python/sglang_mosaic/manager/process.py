@@ -66,15 +66,20 @@ class _Loop:
         self._background = background
         self._owner: bytes | None = None
         self._replies: deque[bytes] = deque()
+        self._puts: deque[wire.Put] = deque()
+        """That wait: somebody waits for a page that comes back, nobody for one that goes."""
 
     def run(self) -> None:
         while not self._service.leaving and has_parent(self._parent):
             self._background.check()
-            busy = bool(self._replies) or self._service.busy
-            self._router.poll(BUSY_MS if busy else QUIET_MS)
+            if not self._puts:
+                busy = bool(self._replies) or self._service.busy
+                self._router.poll(BUSY_MS if busy else QUIET_MS)
             # All messages before anything else: a restore must not wait behind a report.
             while len(self._replies) < MOST_WAITING and self._take():
                 self._flush()
+            if self._puts:
+                self._say(self._service.answer(self._puts.popleft()))
             self._say(self._service.collect())
             self._flush()
 
@@ -89,9 +94,21 @@ class _Loop:
         if sender != self._owner or len(parts) != 1:
             self._service.metrics.refused_messages += 1
             return True
-        self._say(self._service.handle(parts[0]))
+        request = self._service.receive(parts[0])
+        if isinstance(request, wire.Put):
+            self._puts.append(request)
+        elif request is not None:
+            while self._puts and not self._may_overtake(request):
+                self._say(self._service.answer(self._puts.popleft()))
+            self._say(self._service.answer(request))
         self._background.wake()
         return not self._service.leaving
+
+    def _may_overtake(self, request: wire.Request) -> bool:
+        """Whether a request has the same answer before the puts that wait."""
+        if isinstance(request, wire.Fetch):
+            return all(put.key != request.key for put in self._puts)
+        return isinstance(request, wire.Ping)
 
     def _say(self, replies: list[wire.Reply]) -> None:
         self._replies.extend(wire.encode(reply) for reply in replies)

@@ -72,14 +72,23 @@ class Service:
 
     def handle(self, data: bytes) -> list[wire.Reply]:
         """Answer one message; what is none is counted and not answered."""
+        request = self.receive(data)
+        return [] if request is None else self.answer(request)
+
+    def receive(self, data: bytes) -> wire.Request | None:
+        """The request of a message, to be answered; None: it is none, which is counted. In the order of messages."""
         try:
             request = wire.decode_request(data)
             if request.ticket <= self._last_ticket:
                 raise WireError(f"ticket {request.ticket} after {self._last_ticket}: a replay")
         except WireError:
             self.metrics.refused_messages += 1
-            return []
+            return None
         self._last_ticket = request.ticket
+        return request
+
+    def answer(self, request: wire.Request) -> list[wire.Reply]:
+        """What to reply to a request that was received."""
         if isinstance(request, wire.Put):
             return [self._put(request)]
         if isinstance(request, wire.Fetch):
@@ -182,7 +191,9 @@ class Service:
         total = request.total
         if request.offset < 0 or not data or not request.offset + len(data) <= total <= MOST_RECORD_BYTES:
             raise WireError(f"bytes {request.offset} to {request.offset + len(data)} of {total}")
+        known: int | None = request.payload.checksum
         if len(data) < total:
+            known = None
             if request.offset == 0:
                 while len(self._uploads) >= MOST_UPLOADS:
                     self._uploads.pop(next(iter(self._uploads)))
@@ -197,10 +208,12 @@ class Service:
         if request.meta.kind is RecordKind.STATISTICS:
             self._statistics = {request.key: data}  # one calibration at a time
             return True
-        return self._keep(request.key, request.meta, data)
+        return self._keep(request.key, request.meta, data, known)
 
-    def _keep(self, key: bytes, meta: wire.Meta, data: bytes) -> bool:
-        if not self.store.put(Record(key, meta, Form.RAW, len(data), checksum(key, data), data)):
+    def _keep(self, key: bytes, meta: wire.Meta, data: bytes, known: int | None = None) -> bool:
+        """Store a record, whose checksum may be known; False: it is larger than the store."""
+        digest = checksum(key, data) if known is None else known
+        if not self.store.put(Record(key, meta, Form.RAW, len(data), digest, data)):
             self.metrics.refused_full += 1
             return False
         self.metrics.stored += 1
