@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
@@ -169,6 +171,41 @@ def test_larger_steps_and_smaller_ones_share_the_room_for_selections(memory):
     assert small.kept[0].lse.data_ptr() == decoder.step.kept[0].lse.data_ptr()
     larger = decoder.attention.allocate(3, 40)
     assert larger.kept[0].lse.data_ptr() != decoder.step.kept[0].lse.data_ptr()
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="CUDA graphs need a GPU")
+@pytest.mark.parametrize("steps", [1, 3])
+def test_a_graph_replays_whatever_is_planned(memory, steps):
+    """Captured over nothing but padding, as a server does before it has a page."""
+    config = selecting(0.2, select_steps=steps)
+    decoder = Decoder(memory, ([21], [21]), config)
+    decoder.step = decoder.attention.allocate(2, 40)
+    readings = decoder.attention.readings
+    q = queries(2)
+    graphs, outputs = {}, {}
+    for reading in readings:
+        decoder.plan(reading=reading)
+        [decoder.run(q, layer, reading) for layer in range(LAYERS)]  # compiles
+        torch.cuda.synchronize()
+        graphs[reading] = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graphs[reading]):
+            outputs[reading] = [decoder.run(q, layer, reading) for layer in range(LAYERS)]
+    for seed, contexts in enumerate([(SHORT, CONTEXTS[0]), (CONTEXTS[1], CONTEXT), ([20, 21], [21]), (CONTEXT, SHORT)]):
+        eager = Decoder(memory, contexts, config)
+        decoder.contexts, decoder.rows = contexts, eager.rows
+        compressed = any(
+            memory.lifecycle.frame[page] >= memory.table.first_mosaic for page in itertools.chain(*contexts)
+        )
+        for more, reading in enumerate(readings):
+            if reading is Reading.NOTHING and compressed:
+                continue
+            q.copy_(queries(2, seed=10 * seed + more))
+            for each in (decoder, eager):
+                each.plan(more, reading)
+            graphs[reading].replay()
+            for layer, found in enumerate(outputs[reading]):
+                # Pieces are cut for as many pages as there is room for: the order of sums is the same.
+                torch.testing.assert_close(found, eager.run(q, layer, reading), rtol=0, atol=1e-5)
 
 
 def test_which_steps_go_on():

@@ -111,12 +111,12 @@ def test_a_request_is_independent_of_its_batch_mates() -> None:
         assert torch.equal(one[1], other[0])
 
 
-@pytest.mark.parametrize("parts", (1, 2))
-def test_combining(parts: int) -> None:
+@pytest.mark.parametrize(("parts", "group"), [(1, 3), (2, 3), (2, 7)])
+def test_combining(parts: int, group: int) -> None:
     pool = make_pool(epochs=2, frames=12)
     batch = make_batch(pool, [1, 0, 9, 6], programs=4, least_pages=2, capacity=32)
     generator = torch.Generator().manual_seed(0)
-    heads, group, dim = pool.heads, 3, 64
+    heads, dim = pool.heads, 64
 
     def some(*shape):
         return torch.randn(*shape, generator=generator).to(DEVICE)

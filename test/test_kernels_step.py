@@ -125,7 +125,9 @@ def test_padding_reads_what_is_there() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize(("heads", "group", "k_dim", "v_dim"), [(2, 3, 64, 64), (1, 8, 128, 128), (2, 1, 80, 48)])
+@pytest.mark.parametrize(
+    ("heads", "group", "k_dim", "v_dim"), [(2, 3, 64, 64), (2, 7, 64, 64), (1, 8, 128, 128), (2, 1, 80, 48)]
+)
 def test_uncompressed_pages(heads: int, group: int, k_dim: int, v_dim: int, dtype: torch.dtype) -> None:
     lengths = [64 * 12 + 3, 1, 64, 500]
     tables = make_tables(lengths, 0.5)
@@ -162,7 +164,7 @@ def test_a_request_without_uncompressed_pages() -> None:
     assert out[1].isfinite().all() and lse[1].isfinite().all()
 
 
-@pytest.mark.parametrize(("heads", "group", "dim"), [(2, 3, 64), (1, 8, 128), (3, 1, 80)])
+@pytest.mark.parametrize(("heads", "group", "dim"), [(2, 3, 64), (2, 7, 64), (1, 8, 128), (3, 1, 80)])
 def test_rotated_queries(heads: int, group: int, dim: int) -> None:
     generator = torch.Generator().manual_seed(0)
     basis = torch.randn(EPOCHS, heads, dim, dim, generator=generator).to(DEVICE)

@@ -55,3 +55,21 @@ def test_memory_is_taken_from_where_the_caller_says() -> None:
     for size in (40, 40, 30):
         assert bytes(buffers.take(size)) == bytes(size)
     assert sizes == [40, 30]
+
+
+def test_buffers_that_were_prepared_are_cut_from_one_piece() -> None:
+    sizes: list[int] = []
+
+    def allocate(size: int) -> np.ndarray:
+        sizes.append(size)
+        return np.zeros(size, np.uint8)
+
+    buffers = Buffers(100, allocate)
+    buffers.prepare(30)
+    assert buffers.free_bytes == 90
+    taken = [buffers.take(30) for _ in range(3)]
+    assert sizes == [90] and len({address(view) for view in taken}) == 3
+    taken.append(buffers.take(30))
+    assert sizes == [90, 30]
+    del taken
+    assert buffers.free_bytes == 90

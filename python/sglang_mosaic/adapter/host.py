@@ -83,6 +83,9 @@ def connect(scheduler: Any, memory: PageMemory) -> None:
     try:
         on_gpu = memory.table.frames.is_cuda
         client = ZmqClient(options, pinned_memory if on_gpu else usual_memory)
+        if on_gpu and memory.config.compresses:
+            # The system takes longer to give and pin memory than to fill it: pages would seem slow to come back.
+            client.prepare(memory.plan.frame_bytes.mosaic)
     except ConfigError as error:
         raise SystemExit(f"sglang_mosaic: --mosaic-host-gb: {error}") from error
     tier = HostTier(

@@ -13,6 +13,7 @@ import zmq
 
 from sglang_mosaic.manager.child import has_parent
 from sglang_mosaic.manager.options import ManagerOptions
+from sglang_mosaic.manager.reserve import Reserve
 from sglang_mosaic.manager.service import Service
 from sglang_mosaic.wire import messages as wire
 from sglang_mosaic.wire.slots import SlotMemory
@@ -38,7 +39,7 @@ def serve(parent: int, socket: Path, slots: SlotMemory, options: ManagerOptions)
     # The owner's terminal sends it to both; the owner says goodbye.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     service = Service(slots, options)
-    background = _Background(service)
+    background = _Background(service, Reserve(options.host_bytes))
     context = zmq.Context()
     try:
         with context.socket(zmq.ROUTER) as router:
@@ -130,8 +131,9 @@ class _Loop:
 class _Background:
     """The thread of lower standing."""
 
-    def __init__(self, service: Service) -> None:
+    def __init__(self, service: Service, reserve: Reserve) -> None:
         self._service = service
+        self._reserve = reserve
         self._woken = threading.Event()
         self._stopped = False
         self._error: Exception | None = None
@@ -159,6 +161,7 @@ class _Background:
     def _run(self) -> None:
         try:
             while not self._stopped:
+                self._reserve.keep_ahead(self._service.store.memory.nbytes)
                 if not self._service.work():
                     self._woken.wait(QUIET_MS / 1000)
                     self._woken.clear()

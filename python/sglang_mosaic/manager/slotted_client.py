@@ -67,6 +67,10 @@ class SlottedClient(ManagerClient):
     def _receive(self) -> bytes | None:
         """The next message, if there is one."""
 
+    def prepare(self, nbytes: int) -> None:
+        """Have memory for pages of so many bytes before the first comes back."""
+        self._buffers.prepare(nbytes)
+
     # The contract.
 
     @property

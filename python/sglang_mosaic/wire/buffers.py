@@ -34,6 +34,12 @@ class Buffers:
         self._free: dict[int, list[np.ndarray]] = {}
         self._free_bytes = 0
 
+    def prepare(self, size: int) -> None:
+        """Have as many buffers of a size as may be kept, from the start: one large piece of memory, cut up."""
+        arena = self._allocate(self._most_bytes // size * size)
+        for buffer in arena.reshape(-1, size):
+            self._give_back(buffer)
+
     @property
     def free_bytes(self) -> int:
         """Bytes kept for later."""
