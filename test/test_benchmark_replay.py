@@ -75,7 +75,7 @@ def test_more_bytes_answer_closer_to_full_kv(cached_model: CachedModel, group: G
     kl = {}
     for ratio in (3.0, 8.0):
         epoch = replay.calibrate([context], ratio, 64**-0.5)
-        whole, tenth = replay.ask(cached_model, epoch, context, group, full, [0.0, 0.1])
+        whole, tenth = replay.ask(cached_model, epoch, context, group, full, [(0.0, 1), (0.1, 1)])
         kl[ratio] = whole[0].kl
         assert whole[0].full == tenth[0].full and tenth[0].kl != whole[0].kl
     assert 0 < kl[3.0] < kl[8.0]
@@ -83,7 +83,7 @@ def test_more_bytes_answer_closer_to_full_kv(cached_model: CachedModel, group: G
 
 def test_points_are_of_the_tasks_that_full_kv_answers() -> None:
     right, lost, never = replay.Asked(True, True, 0.1), replay.Asked(True, False, 0.3), replay.Asked(False, False, 1.0)
-    whole, tenth = replay.Variant(5.3, "mixed", 0.0), replay.Variant(5.3, "mixed", 0.1)
+    whole, tenth = replay.Variant(5.3, "mixed", 0.0, 1), replay.Variant(5.3, "mixed", 0.1, 1)
     found = {
         whole: {"a": [right] * 9 + [lost], "b": [right] * 10, "c": [never] * 10},
         tenth: {"a": [right] * 8 + [lost] * 2, "b": [right] * 10, "c": [never] * 10},

@@ -49,9 +49,9 @@ KINDS = {
 }
 
 
-@pytest.mark.parametrize("top_p", (1.0, 0.6))
+@pytest.mark.parametrize(("top_p", "steps"), [(1.0, 1), (0.6, 1), (1.0, 4)])
 @pytest.mark.parametrize("kind", KINDS)
-def test_select_takes_the_references_tokens_in_order(kind: str, top_p: float) -> None:
+def test_select_takes_the_references_tokens_in_order(kind: str, top_p: float, steps: int) -> None:
     pool = make_pool(heads=2, frames=6)
     lengths = [1, 40, 3]
     batch = make_batch(pool, lengths, programs=10, least_pages=2, capacity=20)
@@ -60,12 +60,12 @@ def test_select_takes_the_references_tokens_in_order(kind: str, top_p: float) ->
     page_lse = torch.randn(2, sum(lengths), 3).to(DEVICE)
     most = [64, 300, 7]
     room = plan_selection(most, 2, 8, DEVICE, least_tokens=32)
-    found = select(keys, page_lse, batch, room, pool.table, top_p)
+    found = select(keys, page_lse, batch, room, pool.table, top_p, steps=steps)
     for item in range(3):
         pages = slice(*batch.first_page[item : item + 2].tolist())
         first = room.first[item].item()
         mine = keys[:, pages].flatten(1)
-        chosen = select_reference.choose_tokens(mine, top_p, most[item])
+        chosen = select_reference.choose_tokens(mine, top_p, most[item], steps)
         for head in range(2):
             count = found.counts[head, item].item()
             wanted = chosen[head].nonzero().flatten() + pages.start * 64
@@ -75,6 +75,15 @@ def test_select_takes_the_references_tokens_in_order(kind: str, top_p: float) ->
         far = select_reference.far_logits(mine[:, None], lse, chosen[:, None]).transpose(1, 2)
         far = far + pool.table.far_bias[0][:, None, None]
         torch.testing.assert_close(found.far[:, pages], far, rtol=1e-4, atol=1e-4)
+
+
+def test_for_several_steps_what_follows_in_the_page_is_taken_as_well() -> None:
+    keys = torch.randint(0, 20, (1, 3 * 64)).short()
+    keys[0, 10], keys[0, 62], keys[0, 130] = 400, 300, 200
+    chosen = select_reference.choose_tokens(keys, 1.0, 10, 4).nonzero()[:, 1].tolist()
+    # As many as are allowed, none of them in the next page.
+    assert chosen == [10, 11, 12, 13, 62, 63, 130, 131, 132, 133]
+    assert torch.equal(select_reference.chosen_by(keys, 1), keys)
 
 
 def test_selecting_by_mass_stops_before_the_cap() -> None:

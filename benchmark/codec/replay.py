@@ -6,7 +6,8 @@ Contexts of the quality benchmark are prefilled one by one, exactly, by transfor
 calibration, all full pages of a context but the first go through the codec, and the questions are asked over the
 result. That is what a server does with a shared prefix; it is no substitute for measuring one
 (benchmark/quality/run.py).
-With --selects the questions read a part of them, chosen afresh by every token (--mosaic-select of the server).
+With --selects the questions read a part of them (--mosaic-select of the server), chosen afresh by every token or, with
+--select-steps, by every so many tokens of an answer.
 
 Calibrated on `one`: a context of RULER's repeated sentences; `own`: the context itself; `mixed`: pages of other
 contexts of all tasks. Points are of 100, over the tasks where full KV answers at least 80%, with the paired bootstrap's
@@ -68,6 +69,8 @@ class Variant(NamedTuple):
     calibrated_on: str
     select: float
     """Share of the compressed tokens that is read; 0: all."""
+    steps: int
+    """Tokens of an answer that share a selection."""
 
 
 class Asked(NamedTuple):
@@ -91,6 +94,10 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--selects", type=number(0), nargs="+", default=[0.0], metavar="SHARE",
         help="of the compressed tokens that a new one reads; 0: all (default)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--select-steps", type=integer(1), nargs="+", default=[1], metavar="N",
+        help="tokens of an answer that share a selection (default 1)",
     )  # fmt: skip
     parser.add_argument("--calibrations", nargs="+", choices=CALIBRATIONS, default=list(CALIBRATIONS))
     parser.add_argument("--seed", type=integer(0), default=0, help="of the prompts (default %(default)s)")
@@ -162,19 +169,19 @@ def ask(
     context: Context,
     group: Group,
     full: Sequence[torch.Tensor],
-    selects: Sequence[float],
+    selects: Sequence[tuple[float, int]],
 ) -> list[list[Asked]]:
-    """The questions of a group over its compressed context, for every share to select.
+    """The questions of a group over its compressed context, for every share to select and number of steps.
 
     Args:
         full: log-probabilities of each question's scored tokens, from the exact cache.
     """
     keys, values, data = through_codec(epoch, context)
     found = []
-    for select in selects:
-        reader = SelectingAttention(epoch, data, select) if select else None
+    for select, steps in selects:
         found.append([])
         for sample, wanted in zip(group.samples, full, strict=True):
+            reader = SelectingAttention(epoch, data, select, steps, len(sample.question)) if select else None
             ours = model.answer(keys, values, sample, reader)
             target = torch.tensor([sample.answer[offset] for offset in sample.scored])
             kl = (wanted.exp() * (wanted - ours)).sum(-1).mean().item()
@@ -193,6 +200,7 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
     if "mixed" in args.calibrations:
         shared["mixed"] = [model.prefill(group.context) for group in tqdm(others, desc="to calibrate", unit="context")]
     settings = list(itertools.product(args.ratios, args.calibrations))
+    selects = [(select, steps) for select in args.selects for steps in (args.select_steps if select else [1])]
     epochs = {(ratio, name): calibrate(shared[name], ratio, scale) for ratio, name in settings if name in shared}
     shared.clear()
 
@@ -204,16 +212,16 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
         full = [model.answer(context.keys, context.values, sample) for sample in group.samples]
         for ratio, name in settings:
             epoch = epochs[ratio, name] if name != "own" else calibrate([context], ratio, scale)
-            answers = ask(model, epoch, context, group, full, args.selects)
-            for select, asked in zip(args.selects, answers, strict=True):
-                found.setdefault(Variant(ratio, name, select), {}).setdefault(task, []).extend(asked)
+            answers = ask(model, epoch, context, group, full, selects)
+            for (select, steps), asked in zip(selects, answers, strict=True):
+                found.setdefault(Variant(ratio, name, select, steps), {}).setdefault(task, []).extend(asked)
     return [summary(variant, found) for variant in found]
 
 
 def summary(variant: Variant, found: dict[Variant, dict[str, list[Asked]]]) -> dict[str, Any]:
     """A row: totals, points lost and figures of each task; `whole` compares with reading all of the same cache."""
     tasks = found[variant]
-    whole = found.get(variant._replace(select=0.0)) if variant.select else None
+    whole = found.get(variant._replace(select=0.0, steps=1)) if variant.select else None
     counted = [task for task, asked in tasks.items() if sum(x.full for x in asked) >= FLOOR * len(asked)]
     rows = {
         task: {
@@ -247,9 +255,20 @@ def points(differences: Sequence[Sequence[int]]) -> tuple[float, float, float] |
 def describe(rows: Sequence[dict[str, Any]]) -> str:
     """The table."""
     names = list(rows[0]["tasks"])
-    header = ["ratio", "calibrated on", "selected", "right", "full KV", "questions", "points", "points to whole"]
+    header = [
+        "ratio",
+        "calibrated on",
+        "selected",
+        "steps",
+        "right",
+        "full KV",
+        "questions",
+        "points",
+        "points to whole",
+    ]
     lines = [
-        [row["ratio"], row["calibrated_on"], row["select"] or "all", row["right"], row["full"], row["questions"]]
+        [row["ratio"], row["calibrated_on"], row["select"] or "all", row["steps"]]
+        + [row["right"], row["full"], row["questions"]]
         + [_with_interval(row[key]) for key in ("points", "points_to_whole")]
         + [f"{row['kl']:.4f}"]
         + [f"{row['tasks'][name]['kl']:.4f}" for name in names]

@@ -24,10 +24,15 @@ class SelectingAttention:
         epoch: what the pages were encoded with.
         data: of every layer, their bytes.
         share: of the compressed tokens that each new token reads at most.
+        steps: tokens of an answer that read what the first of them selects.
+        question: tokens before the answer, each of which selects for itself.
     """
 
-    def __init__(self, epoch: PlanesEpoch, data: Sequence[torch.Tensor], share: float) -> None:
+    def __init__(
+        self, epoch: PlanesEpoch, data: Sequence[torch.Tensor], share: float, steps: int = 1, question: int = 0
+    ) -> None:
         self._epoch, self._data = epoch, data
+        self._steps, self._question = steps, question
         self._stop = PAGE * (1 + len(data[0]))
         self._most = max(int(share * (self._stop - PAGE)), 1)
 
@@ -43,6 +48,10 @@ class SelectingAttention:
         known = rows_of(lse[..., None], len(keys))[..., 0]
         found = keys_of(logits, known, len(q))
         selected = choose_tokens(found, 1.0, self._most)
+        if self._steps > 1:
+            at = torch.arange(self._question, len(q))
+            for_all = choose_tokens(found[:, self._question :: self._steps], 1.0, self._most, self._steps)
+            selected[:, at] = for_all[:, (at - self._question) // self._steps]
         page_lse = logits.unflatten(-1, (-1, PAGE)).logsumexp(-1)
         far = far_logits(found, page_lse, selected) + epoch.far_bias(layer)[:, None, None]
         means = epoch.mean_values(layer, data).transpose(0, 1)

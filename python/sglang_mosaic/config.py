@@ -13,6 +13,9 @@ ENVIRONMENT_VARIABLE = "SGLANG_MOSAIC_CONFIG"
 
 ENCODE_POLICIES = ("pressure", "seal", "off")
 
+MOST_SELECT_STEPS = 16
+"""Decode steps that may share a selection: it looks as many tokens ahead, and a kernel is compiled for each number."""
+
 CODECS = ("planes", "topk", "int8", "kivi4", "kivi3", "kivi2", "channel-drop")
 """planes is the codec of this project; the others are baselines to compare with (codec/baselines/)."""
 
@@ -117,8 +120,8 @@ class MosaicConfig:
             raise ConfigError(f"--mosaic-select-top-p: got {self.select_top_p}, give a share above 0, at most 1.")
         if self.select_from is not None and self.select_from < 0:
             raise ConfigError(f"--mosaic-select-from: got {self.select_from}, give a number of tokens or leave it out.")
-        if self.select_steps < 1:
-            raise ConfigError(f"--mosaic-select-steps: got {self.select_steps}, give at least 1.")
+        if not 1 <= self.select_steps <= MOST_SELECT_STEPS:
+            raise ConfigError(f"--mosaic-select-steps: got {self.select_steps}, give 1 to {MOST_SELECT_STEPS}.")
 
     def _check_host(self) -> None:
         if not self.host_gb >= 0:

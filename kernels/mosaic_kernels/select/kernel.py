@@ -12,7 +12,19 @@ LOWEST = tl.constexpr(of_keys.LOWEST)
 
 
 @triton.jit
-def count_kernel(keys, pieces, counts, totals, pages, HEADS: tl.constexpr, T: tl.constexpr, TILE: tl.constexpr):
+def _chosen_by(keys, token, there, key, T: tl.constexpr, SHARED: tl.constexpr):
+    """What tokens are chosen by whose own keys are `key`, for SHARED steps."""
+    for back in tl.static_range(1, SHARED):
+        before = tl.load(keys + token - back, mask=there & (token % T >= back), other=0).to(tl.int32)
+        key = tl.maximum(key, before)
+    return key
+
+
+@triton.jit
+def count_kernel(
+    keys, pieces, counts, totals, pages,
+    HEADS: tl.constexpr, T: tl.constexpr, SHARED: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
     """One program: a piece and a KV head. keys int16 [HEADS, pages, T] -> counts int32 [pieces, HEADS, KEYS], and added
     to totals int32 [items, HEADS, KEYS]."""
     piece, head = tl.program_id(0), tl.program_id(1)
@@ -24,8 +36,9 @@ def count_kernel(keys, pieces, counts, totals, pages, HEADS: tl.constexpr, T: tl
     found = tl.zeros([KEYS], tl.int32)
     for at in range(first, last, TILE):
         token = at + tl.arange(0, TILE)
-        key = tl.load(mine + token, mask=token < last, other=0).to(tl.int32)
-        found += tl.histogram(key, KEYS, mask=token < last)
+        there = token < last
+        key = tl.load(mine + token, mask=there, other=0).to(tl.int32)
+        found += tl.histogram(_chosen_by(mine, token, there, key, T, SHARED), KEYS, mask=there)
     key = tl.arange(0, KEYS)
     tl.store(counts + (piece * HEADS + head) * KEYS + key, found)
     tl.atomic_add(totals + (item * HEADS + head) * KEYS + key, found, mask=found > 0, sem="relaxed")
@@ -68,8 +81,8 @@ def threshold_kernel(
 def collect_kernel(
     keys, page_lse, pieces, first_piece, epochs, first_token, least, spares, above, ties, far_bias,
     tokens, taken, far, pages, room, items,
-    HEADS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, T: tl.constexpr, PAGES: tl.constexpr,
-    PIECES: tl.constexpr,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, T: tl.constexpr, SHARED: tl.constexpr,
+    PAGES: tl.constexpr, PIECES: tl.constexpr,
 ):  # fmt: skip
     """One program: a piece and a KV head. tokens int32 [HEADS, room]; taken int32 [HEADS, items], added to; far float32
     [HEADS, pages, GROUP]."""
@@ -97,10 +110,11 @@ def collect_kernel(
         real = page < last
         token = page * T + tl.arange(0, T)[None, :]
         key = tl.load(keys + of_head * T + token, mask=real, other=0).to(tl.int32)
-        tie = real & (key == bound - 1)
+        by = _chosen_by(keys + of_head * T, token, real, key, T, SHARED)
+        tie = real & (by == bound - 1)
         flat = tl.reshape(tie.to(tl.int32), [PAGES * T])
         before = tl.reshape(tl.cumsum(flat, 0), [PAGES, T])
-        take = real & (key >= bound) | tie & (before <= spare)
+        take = real & (by >= bound) | tie & (before <= spare)
         spare -= tl.sum(flat)
         flat = tl.reshape(take.to(tl.int32), [PAGES * T])
         tl.store(to + tl.reshape(tl.cumsum(flat, 0), [PAGES, T]) - 1, token, mask=take)

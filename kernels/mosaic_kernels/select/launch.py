@@ -23,6 +23,7 @@ def select(
     table: SegmentTable,
     top_p: float = 1.0,
     out: Selected | None = None,
+    steps: int = 1,
 ) -> Selected:
     """The tokens of each item that get most attention, per KV head (select/reference.py), and the far field's logits.
 
@@ -31,7 +32,7 @@ def select(
         batch: what was scanned.
         plan: how many tokens each item may read.
         table: the layer's formats.
-        top_p: as of the reference.
+        top_p, steps: as of the reference.
         out: what the result is written to; None: new tensors.
 
     Raises:
@@ -64,8 +65,9 @@ def select(
         least, spares, above, ties = integers(4, batch.capacity, heads)
         grid = batch.capacity, heads
         count_kernel[grid](
-            keys, batch.pieces, counts, totals, pages, HEADS=heads, T=page_size, TILE=TILE, num_warps=WARPS
-        )
+            keys, batch.pieces, counts, totals, pages,
+            HEADS=heads, T=page_size, SHARED=steps, TILE=TILE, num_warps=WARPS,
+        )  # fmt: skip
         threshold_kernel[grid](
             counts, totals, batch.pieces, plan.most, least, spares, above, ties, top_p,
             HEADS=heads, TOP_P=top_p < 1, num_warps=THRESHOLD_WARPS,
@@ -73,7 +75,7 @@ def select(
         collect_kernel[grid](
             keys, page_lse, batch.pieces, batch.first_piece, batch.epochs, plan.first, least, spares, above, ties,
             table.far_bias, selected.tokens, taken, selected.far, pages, plan.room, items,
-            HEADS=heads, GROUP=group, ROWS=query_rows(group), T=page_size, PAGES=TILE_PAGES, PIECES=TILE_PIECES,
-            num_warps=WARPS,
+            HEADS=heads, GROUP=group, ROWS=query_rows(group), T=page_size, SHARED=steps, PAGES=TILE_PAGES,
+            PIECES=TILE_PIECES, num_warps=WARPS,
         )  # fmt: skip
     return selected

@@ -24,7 +24,28 @@ def from_rows(x: torch.Tensor, tokens: int) -> torch.Tensor:
     return x.movedim(2, 0).flatten(1, 2)
 
 
-def choose_tokens(keys: torch.Tensor, top_p: float, most: int) -> torch.Tensor:
+PAGE_SIZE = 64
+
+
+def chosen_by(keys: torch.Tensor, steps: int) -> torch.Tensor:
+    """Keys by which tokens are chosen that several decode steps read: of a token and those before it, up to `steps` of
+    its page, the largest.
+
+    What follows a token that is read now is what is read next wherever a model copies or goes through a list (induction
+    heads, arXiv 2209.11895). Without it a selection is of no use to the steps after its own (docs/codec.md).
+
+    Args:
+        keys: int16 [..., N], whole pages of PAGE_SIZE tokens.
+        steps: 1: the keys themselves.
+    """
+    paged = keys.unflatten(-1, (-1, PAGE_SIZE))
+    found = paged.clone()
+    for back in range(1, min(steps, PAGE_SIZE)):
+        found[..., back:] = torch.maximum(found[..., back:], paged[..., :-back])
+    return found.flatten(-2)
+
+
+def choose_tokens(keys: torch.Tensor, top_p: float, most: int, steps: int = 1) -> torch.Tensor:
     """The tokens that get most attention, for each query and KV head.
 
     Args:
@@ -32,10 +53,13 @@ def choose_tokens(keys: torch.Tensor, top_p: float, most: int) -> torch.Tensor:
         top_p: share of the attention mass to cover, what is read anyway included; 1: no limit but `most`. Reckoned from
             the keys: of each token the mass of the query head that looks at it most.
         most: tokens at most; of equal keys the first.
+        steps: decode steps that read them; above 1 keys are of whole pages, and each counts as `chosen_by` says.
 
     Returns:
         bool [..., N].
     """
+    if steps > 1:
+        keys = chosen_by(keys, steps)
     counts = torch.zeros(*keys.shape[:-1], KEYS, dtype=torch.int64, device=keys.device)
     counts.scatter_add_(-1, keys.long(), torch.ones_like(keys, dtype=torch.int64))
     least, spare = threshold(counts, top_p, most)

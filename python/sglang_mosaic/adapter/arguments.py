@@ -126,7 +126,8 @@ def add_mosaic_group(parser: argparse.ArgumentParser) -> None:
         "--mosaic-select-steps",
         type=int,
         default=default.select_steps,
-        help="decode steps that share one selection. Default: %(default)s.",
+        help="decode steps that share one selection, which then has what follows the tokens that are read now, too. "
+        "Default: %(default)s.",
     )
     group.add_argument(
         "--mosaic-host-gb",

@@ -170,7 +170,8 @@ class DecodeAttention:
         if reading is Reading.SELECTED:
             keys, page_lse = scan(rotated, data, dense_lse, batch, formats, scale)
             keep = step.kept[layer].selected if step.kept else None
-            chosen = select(keys, page_lse, batch, room, formats, self._memory.config.select_top_p, keep)
+            config = self._memory.config
+            chosen = select(keys, page_lse, batch, room, formats, config.select_top_p, keep, config.select_steps)
         else:
             chosen = step.kept[layer].selected
         near = attend_selected(rotated, data, batch, room, chosen, formats, scale)

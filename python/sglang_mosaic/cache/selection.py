@@ -125,12 +125,14 @@ class SelectionPlan:
             lse = rows_of(known[i][..., None], len(logits))[..., 0]
             most = max(int(self._config.select * logits.shape[-1]), 1)
             keys = keys_of(logits, lse, sequence.queries)
-            selected = choose_tokens(keys, self._config.select_top_p, most)
+            shared = sequence.key if self._config.select_steps > 1 and sequence.queries == 1 else None
+            steps = 1 if shared is None else self._config.select_steps
+            selected = choose_tokens(keys, self._config.select_top_p, most, steps)
             page_lse = logits.unflatten(-1, (-1, PAGE_SIZE)).logsumexp(-1)
             far = far_logits(keys, page_lse, selected) + bias[:, None]
             self._now[i] = _Chosen(self._frames(i), selected, far, sequence.tokens)
-            if self._config.select_steps > 1 and sequence.queries == 1 and sequence.key is not None:
-                self._remembered[sequence.key, layer] = self._now[i]
+            if shared is not None:
+                self._remembered[shared, layer] = self._now[i]
 
     def attend(
         self, b: int, i: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
