@@ -1,4 +1,4 @@
-"""Calibrations beside a server that has no manager: a quick one at once, then those of a process of its own."""
+"""Calibrations beside a server that has no manager, by a process of its own; a quick one where pages cannot wait."""
 
 from __future__ import annotations
 
@@ -45,23 +45,40 @@ def wait(memory: PageMemory, pages) -> None:
         time.sleep(0.05)
 
 
+@pytest.mark.parametrize("encode", ["seal", "pressure"])
+def test_the_first_epoch_is_made_before_a_page_needs_it(beside, encode):
+    memory = make_memory(beside, encode=encode, refresh_pages=64)
+    fill(memory, *range(1, 19))
+    assert not beside.calibrating
+    fill(memory, 19, 20)
+    assert beside.calibrating and memory.epochs.current is None
+    fill(memory, 21)
+    assert not memory.lifecycle.mosaic.used
+    wait(memory, None)
+    assert memory.epochs.started == 1 and any(len(h.formats) > 1 for x in memory.epochs.current.layers for h in x.heads)
+    fill(memory, 22)
+    assert bool(memory.lifecycle.mosaic.used) == (encode == "seal") and not beside.calibrating
+
+
 def test_a_quick_epoch_is_followed_by_one_of_the_process(beside):
-    memory = make_memory(beside, refresh_pages=64)
-    fill(memory, 1, 2, 3)
+    memory = make_memory(beside, encode="pressure", refresh_pages=64)
+    fill(memory, *range(1, 18))
+    # More than there are dense frames at once: somebody waits.
+    append(memory, [*range(18, 45)])
     quick = memory.epochs.current
     assert quick is not None and memory.epochs.started == 0
     assert all(len(head.formats) == 1 for layer in quick.layers for head in layer.heads)
-    before = stored(memory, 0, 2)
-    fill(memory, 4)
+    before = stored(memory, 0, 1)
+    fill(memory, *range(45, 50))
     assert beside.calibrating and memory.epochs.current is quick
     wait(memory, None)
     assert memory.epochs.started == 1 and not beside.calibrating
-    fill(memory, 5)
-    numbers = memory.epochs.numbers_of(memory.table.frames[torch.tensor([2, 5])]).tolist()
+    fill(memory, *range(50, 58))
+    numbers = memory.epochs.numbers_of(memory.table.frames[torch.tensor([1, 18])]).tolist()
     assert numbers == [0, 1]
-    assert torch.equal(stored(memory, 0, 2)[0], before[0])
+    assert torch.equal(stored(memory, 0, 1)[0], before[0])
     # It lasts.
-    fill(memory, 6, 7, 8)
+    fill(memory, 58, 59, 60)
     assert not beside.calibrating
 
 

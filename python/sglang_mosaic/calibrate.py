@@ -84,6 +84,8 @@ def _resolve(server_flags: list[str], output: Path, pages: int) -> Any:
     load_plugins()
     # The last one wins: nothing is compressed until all pages have been seen, and then only calibrated.
     ours = ["--mosaic-encode", "seal", "--mosaic-calibration-pages", str(pages), "--mosaic-dense-fraction", "1"]
+    # Another one would be made beside the server, and the first be a quick one.
+    ours += ["--mosaic-refresh-pages", "0"]
     ours += ["--mosaic-save-calibration", str(output.resolve()), "--log-level", "error"]
     server_args = compat.parse(with_mosaic_backends([*server_flags, *ours]))
     if MosaicConfig.load().calibration is not None:

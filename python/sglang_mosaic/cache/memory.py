@@ -31,6 +31,9 @@ from sglang_mosaic.page import PAGE_SIZE, PageState
 from sglang_mosaic.pool.page_table import PageTable
 from sglang_mosaic.pool.slabs import MosaicSlab
 
+AHEAD_PAGES = 64
+"""Full pages from which on the first calibration is made, where another process makes it and pages are encoded without
+need; half of the dense frames if those are fewer. What all prompts begin with stays as the first one encodes it."""
 SAMPLED_TOGETHER = 8
 """Pages that are gathered for a calibration at a time: twice their bytes are taken on the device meanwhile."""
 
@@ -140,10 +143,9 @@ class PageMemory:
         if early:
             self._seal_written()
         self._look_at(self.lifecycle.take_new())
-        enough = len(self.lifecycle.sealed) >= self.config.calibration_pages
         # Sealed pages may all be from the host, on their way into their frames.
-        if early and enough and self.epochs.current is None and not self._samples.empty:
-            self._calibrate(())
+        if self.epochs.current is None and not self._samples.empty:
+            self._calibrate_ahead(early)
         if self.config.max_error is not None and self.epochs.current is not None:
             self._judge(self.config.max_error)
         if seal and self.epochs.current is not None:
@@ -323,14 +325,38 @@ class PageMemory:
         over = (errors.double().square().mean((0, 2)).sqrt() > limit).tolist()
         self.lifecycle.costly.update(page for page, exceeds in zip(pages, over, strict=True) if exceeds)
 
+    def _calibrate_ahead(self, early: bool) -> None:
+        """Have the first epoch before a page has to be encoded.
+
+        Args:
+            early: pages are encoded without pressure, too.
+        """
+        pages = self.lifecycle
+        if self._beside is None or not self._beside.calibrates or not self.config.refresh_pages:
+            if early and len(pages.sealed) >= self.config.calibration_pages:
+                self._calibrate(())
+            return
+        half = pages.plan.dense_frames // 2
+        wanted = max(min(AHEAD_PAGES, half), self.config.calibration_pages)
+        if len(pages.sealed) >= wanted if early else pages.dense.used >= half:
+            self._calibrate_elsewhere(())
+
     def _calibrate(self, frames: Iterable[int]) -> None:
         """Start an epoch from the sampled pages, and from pages about to be encoded where those are few."""
-        # Where there is an epoch already, nothing waits for the next one: pages are encoded with the last meanwhile.
         first = self.epochs.current is None
-        tier = None if self.host is None or first else self.host.tier
-        beside = None if first else self._beside
-        if (tier is not None and tier.calibrating) or (beside is not None and beside.calibrating):
+        # Where there is an epoch already, nothing waits for the next one: pages are encoded with the last meanwhile.
+        if not first and self._calibrate_elsewhere(frames):
             return
+        # All waits for the first one; where another follows at once it is a quick one.
+        quick = first and self._beside is not None and bool(self.config.refresh_pages)
+        sample = self._samples.pages(frames).layers(self.table.frames.device)
+        self._start(self.codec.calibrate(sample, quick), lasting=not quick)
+
+    def _calibrate_elsewhere(self, frames: Iterable[int]) -> bool:
+        """Have an epoch made by the manager or another process, unless one is under way; False: nobody can."""
+        tier, beside = None if self.host is None else self.host.tier, self._beside
+        if (tier is not None and tier.calibrating) or (beside is not None and beside.calibrating):
+            return True
         sample, device = self._samples.pages(frames), self.table.frames.device
         if tier is not None and tier.calibrates:
             tier.calibrate(statistics_to_bytes(planes_codec_of(self.codec).statistics(sample.layers(device))))
@@ -340,9 +366,8 @@ class PageMemory:
             queries = [of_layer.cpu() for of_layer in codec.take_queries()]
             beside.calibrate(lambda: codec.statistics(sample.layers(torch.device("cpu")), queries))
         else:
-            # All waits for the first one; where another follows at once it is a quick one.
-            quick = first and self._beside is not None and bool(self.config.refresh_pages)
-            self._start(self.codec.calibrate(sample.layers(device), quick), lasting=not quick)
+            return False
+        return True
 
     def _take_epoch(self) -> None:
         """Start an epoch that was made elsewhere, if there is still room for it."""
