@@ -9,6 +9,8 @@ import torch
 
 from mosaic_kernels.scan.keys import KEYS, LOWEST, STEPS
 
+PAGE_SIZE = 64
+
 
 def rows_of(q: torch.Tensor, heads: int) -> torch.Tensor:
     """[Tq, Hq, D] any float -> float32 [Hkv, group * Tq, D]; query head h reads KV head h // group."""
@@ -22,9 +24,6 @@ def from_rows(x: torch.Tensor, tokens: int) -> torch.Tensor:
     heads, rows = x.shape[:2]
     x = x.view(heads, rows // tokens, tokens, *x.shape[2:])
     return x.movedim(2, 0).flatten(1, 2)
-
-
-PAGE_SIZE = 64
 
 
 def chosen_by(keys: torch.Tensor, steps: int) -> torch.Tensor:
