@@ -210,7 +210,9 @@ class Servers:
         self._starts += 1
         launch, port = self.launches[name], free_port(HOST)
         url = f"http://{HOST}:{port}"
-        address = ("--model-path", str(launch.model or self._model), "--port", str(port))
+        # SGLang draws one near the server's, and so may the server that another worker starts at the same moment.
+        ports = "--port", str(port), "--nccl-port", str(free_port(HOST))
+        address = "--model-path", str(launch.model or self._model), *ports
         environment = dict(launch.environment)
         if launch.jitter:
             environment.update(PYTHONPATH=str(JITTER_PLUGIN), MOSAIC_JITTER=str(self.jitter))
