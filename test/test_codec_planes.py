@@ -11,6 +11,7 @@ import torch
 from mosaic_kernels.attend.reference import attend
 from mosaic_kernels.topk.segment import TopKFormat
 from sglang_mosaic.codec import Codec, Epoch, LayerSample, PlanesCodec, PlanesEpoch, strategies
+from sglang_mosaic.codec.statistics import SAMPLE_TOKENS
 from sglang_mosaic.errors import MosaicError
 
 LAYERS, HEADS, Q_HEADS, DIM, PAGES = 2, 3, 9, 64, 6
@@ -124,7 +125,7 @@ def test_statistics_and_tables_report_their_bytes():
     codec.observe_queries(0, tokens(60, Q_HEADS, 1))
     codec.observe_queries(0, tokens(60, Q_HEADS, 2))
     full = codec.state_bytes
-    assert full == HEADS * DIM * 8 + (30 + 20) * Q_HEADS * DIM * 2
+    assert full == HEADS * DIM * 8 + SAMPLE_TOKENS * Q_HEADS * DIM * 2
     codec.observe_queries(0, tokens(60, Q_HEADS, 3))
     assert codec.state_bytes == full
     epoch = codec.calibrate(samples_of(Shape()))

@@ -17,7 +17,8 @@ STORING = """
 import resource, sys
 from sglang_mosaic.manager.reserve import Reserve
 if sys.argv[1] == "ahead":
-    assert Reserve(64 << 20).keep_ahead(0)
+    reserve = Reserve(64 << 20)
+    assert [reserve.keep_ahead(0) for _ in range(3)] == [True, True, False]
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 records = [b"x" * (2 << 20) for _ in range(30)]
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
@@ -36,12 +37,14 @@ def test_storing_waits_for_no_memory() -> None:
     assert faults("ahead") * 10 < faults("not ahead")
 
 
-def test_it_is_filled_up_in_large_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_is_filled_up_step_by_step(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "RESERVE_BYTES", 16 * MIB)
+    monkeypatch.setattr(module, "STEP_BYTES", 8 * MIB)
     monkeypatch.setattr(module, "_PIECE", MIB)
     reserve = Reserve(40 * MIB)
-    stored = [0, 0, 4, 9, 9, 20, 30, 40, 5]
-    assert [reserve.keep_ahead(mib * MIB) for mib in stored] == [True, False, False, True, False, True] + [False] * 3
+    stored = [0, 0, 0, 4, 9, 9, 20, 30, 40, 5]
+    steps = [True, True, False, False, True, False, True, True, False, False]
+    assert [reserve.keep_ahead(mib * MIB) for mib in stored] == steps
 
 
 def test_a_small_store_has_none() -> None:

@@ -83,6 +83,8 @@ TYPES = {
      "joined_lse"), "*fp32",
 ) | dict.fromkeys(("sums", "shares", "k_weights", "v_weights"), "*fp64")  # fmt: skip
 """Of kernel arguments; the others are pointers to int32."""
+SHARED_STEPS = 4
+"""Decode steps that share a selection."""
 _DIVISIBLE = "frame_bytes", "page_stride", "token_stride", "head_stride"
 """Of what are no pointers, multiples of 16."""
 _BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -123,9 +125,13 @@ KERNELS = {
     "decode": Kernel(decode_kernel, segment_decode, (("TILE", segment_decode.TILE),)),
     "attend_pages": Kernel(attend_pages_kernel, attend_pages, (("TILE", attend_pages.TILE),)),
     "scan": Kernel(scan_kernel, scan),
-    "select: count": Kernel(count_kernel, select, (("TILE", select.TILE),)),
+    "select: count": Kernel(count_kernel, select, (("TILE", select.TILE), ("SHARED", SHARED_STEPS))),
     "select: threshold": Kernel(threshold_kernel, select, warps="THRESHOLD_WARPS"),
-    "select: collect": Kernel(collect_kernel, select, (("PAGES", select.TILE_PAGES), ("PIECES", select.TILE_PIECES))),
+    "select: collect": Kernel(
+        collect_kernel,
+        select,
+        (("PAGES", select.TILE_PAGES), ("PIECES", select.TILE_PIECES), ("SHARED", SHARED_STEPS)),
+    ),
     "attend_selected": Kernel(attend_selected_kernel, attend_selected, (("TILE", attend_selected.TILE),)),
     "far_field": Kernel(far_field_kernel, far_field, (("PAGES", far_field.TILE_PAGES),)),
     "far_share": Kernel(

@@ -161,8 +161,7 @@ class _Background:
     def _run(self) -> None:
         try:
             while not self._stopped:
-                self._reserve.keep_ahead(self._service.store.memory.nbytes)
-                if not self._service.work():
+                if not (self._service.work() or self._reserve.keep_ahead(self._service.store.memory.nbytes)):
                     self._woken.wait(QUIET_MS / 1000)
                     self._woken.clear()
         except Exception as error:

@@ -2,7 +2,7 @@
 
 The first write to memory takes several times as long as later ones, since the system has to find and clear it: for
 the 2.3 MB of a page of an 8B model 1.7 ms instead of .25, on two CPU cores, in the thread that answers. So another one
-writes to it first.
+writes to it first, while it has nothing else to do.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ import ctypes
 
 RESERVE_BYTES = 1 << 29
 """Written to ahead of what is stored."""
+STEP_BYTES = 1 << 25
+"""At a time: other work must not wait for long."""
 _PIECE = 1 << 23
 """Below the size from which glibc takes memory from the system, and gives it back, piece by piece."""
 
@@ -31,22 +33,19 @@ class Reserve:
         self._libc.memset.argtypes = ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t
 
     def keep_ahead(self, stored_bytes: int) -> bool:
-        """Write to more memory if little is left of what was written to; False: there was enough. Other threads run
-        meanwhile.
+        """Write to a step more of memory; False: there is enough. Other threads run meanwhile.
 
         Args:
             stored_bytes: in use at the moment.
         """
-        wanted = min(stored_bytes + RESERVE_BYTES, self._most_bytes)
-        missing = wanted - self._written
-        if missing < min(RESERVE_BYTES // 2, self._most_bytes // 4) or missing < _PIECE:
+        if min(stored_bytes + RESERVE_BYTES, self._most_bytes) - self._written < STEP_BYTES:
             return False
-        # All at a time, or each would be the memory that the one before has just given back.
-        free = max(self._written - stored_bytes, 0)
-        pieces = [self._libc.malloc(_PIECE) for _ in range((free + missing) // _PIECE)]
-        for piece in filter(None, pieces):
+        # What was written to before is taken first, or it would be given again.
+        free = [self._libc.malloc(_PIECE) for _ in range(max(self._written - stored_bytes, 0) // _PIECE)]
+        fresh = [self._libc.malloc(_PIECE) for _ in range(STEP_BYTES // _PIECE)]
+        for piece in filter(None, fresh):
             self._libc.memset(piece, 0, _PIECE)
-        for piece in pieces:
+        for piece in (*free, *fresh):
             self._libc.free(piece)
-        self._written = wanted
+        self._written += STEP_BYTES
         return True
