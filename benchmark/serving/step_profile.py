@@ -32,8 +32,7 @@ from benchmark.common.script import publish
 from benchmark.serving import profile_summary
 from benchmark.serving.gpu_trace import DECODE, read_trace, summarise
 from benchmark.serving.profile_probe import MARGIN_TOKENS, NO_KERNEL, ProfileProbe, ProfileWorkload
-from benchmark.serving.step_probe import NEW_TOKENS, PAGE_TOKENS
-from benchmark.serving.steps import VOCABULARY
+from benchmark.serving.steps import VOCABULARY, add_cells
 
 Value = TypeVar("Value")
 
@@ -73,21 +72,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         **again,
     )
     load = parser.add_argument_group("workload")
-    many = {"nargs": "+", "metavar": "N"}
-    load.add_argument(
-        "--contexts",
-        type=integer(PAGE_TOKENS),
-        default=[8192, 32768],
-        help="tokens of the cached contexts (default %(default)s)",
-        **many,
-    )
-    load.add_argument(
-        "--batches",
-        type=integer(1),
-        default=[1, 8],
-        help=f"requests at a time, which share the context and add {NEW_TOKENS} tokens each (default %(default)s)",
-        **many,
-    )
+    add_cells(load, (8192, 32768))
     load.add_argument(
         "--steps",
         type=integer(1),

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,31 +36,42 @@ WARM_UP_TOKENS = 4096
 VOCABULARY = 30_000
 
 
-def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    """The options; exits with argparse's message on a bad one."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    load = parser.add_argument_group("workload")
+def add_cells(group: Any, contexts: Sequence[int]) -> None:
+    """Options for what is measured of each: contexts, and requests that share one.
+
+    Args:
+        group: of an argument parser.
+        contexts: the default, in tokens.
+    """
     many = {"nargs": "+", "metavar": "N"}
-    load.add_argument(
+    group.add_argument(
         "--contexts",
         type=integer(PAGE_TOKENS),
-        default=list(CONTEXTS),
+        default=list(contexts),
         help="tokens of the cached contexts (default %(default)s)",
         **many,
     )
-    load.add_argument(
+    group.add_argument(
         "--batches",
         type=integer(1),
         default=[1, 8],
         help=f"requests at a time, which share the context and add {NEW_TOKENS} tokens each (default %(default)s)",
         **many,
     )
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """The options; exits with argparse's message on a bad one."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    load = parser.add_argument_group("workload")
+    add_cells(load, CONTEXTS)
     load.add_argument(
         "--suffixes",
         type=integer(1),
         default=[64, 2400],
         help="new tokens after a cached context (default %(default)s)",
-        **many,
+        nargs="+",
+        metavar="N",
     )
     load.add_argument(
         "--new-prompt", type=integer(1), default=512, metavar="N", help="tokens of a short prompt (default %(default)s)"
