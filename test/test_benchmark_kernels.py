@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from benchmark.common.errors import BenchmarkError
-from benchmark.kernels import gates, run, tables, traffic
+from benchmark.kernels import gates, ops, run, tables, traffic
 from benchmark.kernels.base import measure_base
 from benchmark.kernels.cases import make_case, make_formats, make_pool
 from benchmark.kernels.dense import TYPES, Baseline
@@ -27,9 +27,9 @@ SPLIT = Split(programs=2, token_programs=2, least_pages=2, least_tokens=16)
 SEGMENT = 16 + 2 * 64 * 2 + 64 + 64 + 1 + 15 + 64 * 128 // 2  # header, K's tables, V's scales, mean V, padding, codes
 
 
-def tiny_case():
-    pool = make_pool(DIMS, 5, "cpu", distinct=4)
-    return make_case(DIMS, pool, [3], torch.tensor([4, 0, 2]), SPLIT, torch.bfloat16)
+def tiny_case(dims: Dims = DIMS):
+    pool = make_pool(dims, 5, "cpu", distinct=4)
+    return make_case(dims, pool, [3], torch.tensor([4, 0, 2]), SPLIT, torch.bfloat16)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="has a device")
@@ -61,13 +61,20 @@ def test_what_a_gate_raises_fails_it_alone() -> None:
     def broken(case, pages):
         raise RuntimeError("out of registers\nat length")
 
-    ops = [BY_NAME["combine"], BY_NAME["select"]]
-    ops = [Op("broken", "", ops[0].nbytes, broken, ops[0].call), ops[1]]
-    first, _ = gates.run_gates(ops, gates.TINY, (1,), "cpu")
+    combine, select = BY_NAME["combine"], BY_NAME["select"]
+    tried = [Op("broken", "", combine.nbytes, broken, combine.call), select]
+    first, _ = gates.run_gates(tried, gates.TINY, (1,), "cpu")
     assert not first.passed and first.message == "RuntimeError: out of registers"
     assert gates.as_json(gates.Verdict("scan", math.inf)) == {
         "op": "scan", "passed": False, "error": None, "message": "inf",
     }  # fmt: skip
+
+
+def test_a_selection_for_one_step_is_not_one_that_steps_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = tiny_case()
+    for found, error in ((case.shared, 0.0), (case.selected, math.inf)):
+        monkeypatch.setattr(ops, "select", lambda *_, steps, found=found: found)
+        assert BY_NAME["select_shared"].gate(case, None) == error
 
 
 @pytest.mark.parametrize("dim", (64, 80, 128))
@@ -120,6 +127,7 @@ def test_bytes_of_a_case() -> None:
             for frame in (4, 0, 2)
         ) + q + 2 * 4 + pages * (64 * 2 + 2 * 4),
         "select": pages * (2 * 64 * 2 + 2 * 2 * 4) + 4 + chosen * 4,
+        "select_shared": pages * (2 * 64 * 2 + 2 * 2 * 4) + 4 + chosen * 4,
         "attend_selected": chosen * (4 + 65) + touched * (16 + 256) + q + token_pieces * result,
         "far_field": pages * (16 + 65 + 2 * 4) + pieces * result,
         "far_share": (token_pieces + 1 + 2 * pieces) * 2 * 4 + 2 * 2 * 4,  # one item, two starts of each
@@ -133,6 +141,13 @@ def test_bytes_of_a_case() -> None:
     assert BY_NAME["reuse"].nbytes(case) == reuse
     assert BY_NAME["step"].nbytes(case) == reuse + wanted["scan"] + wanted["select"]
     assert traffic.dense_bytes(case, 2) == pages * 64 * 128 * 2
+
+
+def test_a_selection_that_steps_share_touches_fewer_pages() -> None:
+    case = tiny_case(DIMS._replace(select=0.02))
+    touched, fewer = (len(set((x.tokens[0] // 64).tolist())) for x in (case.selected, case.shared))
+    assert fewer < touched
+    assert BY_NAME["step_shared"].nbytes(case) == BY_NAME["step"].nbytes(case) - (touched - fewer) * (16 + 256)
 
 
 def test_a_plan_is_of_the_pages_of_the_case() -> None:

@@ -10,6 +10,7 @@ import itertools
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -25,7 +26,7 @@ from benchmark.kernels.server_inputs import (
     moved,
     plan_by_reference,
 )
-from benchmark.kernels.sizes import PAGE, Dims, Split
+from benchmark.kernels.sizes import PAGE, SHARED_STEPS, Dims, Split
 from mosaic_kernels.page_batch import LEAST_PAGES, Item, PageBatch, plan
 from mosaic_kernels.plan_step.step import StepPlan, allocate
 from mosaic_kernels.rotate_pages.table import RotationTable, make_rotation_table
@@ -153,6 +154,11 @@ class Case:
     def scale(self) -> float:
         """Factor of the logits."""
         return self.dims.dim**-0.5
+
+    @cached_property
+    def shared(self) -> Selected:
+        """As `selected`, for SHARED_STEPS steps; made when an op asks for it, which most do not."""
+        return select_by_reference(self.keys, self.page_lse, self.batch, self.plan, steps=SHARED_STEPS)
 
 
 def make_formats(dims: Dims, seed: int = 0) -> tuple[HeadFormats, ...]:
@@ -297,8 +303,14 @@ def _rotated(dims: Dims, pool: Pool, pages: int, generator: torch.Generator) -> 
     return Rotated(k, v, numbers, torch.zeros(pages, pool.data.shape[1], dtype=torch.uint8, device=device))
 
 
-def select_by_reference(keys: torch.Tensor, page_lse: torch.Tensor, batch: PageBatch, room: SelectionPlan) -> Selected:
-    """What `select` finds with top_p 1. Unused room of the lists is 0."""
+def select_by_reference(
+    keys: torch.Tensor, page_lse: torch.Tensor, batch: PageBatch, room: SelectionPlan, **steps: int
+) -> Selected:
+    """What `select` finds with top_p 1. Unused room of the lists is 0.
+
+    Args:
+        steps: as of `select`. Left out, it is not passed on: --base may be a commit that does not know it.
+    """
     heads, _, page_size = keys.shape
     first_page, first, most = batch.first_page.tolist(), room.first.tolist(), room.most.tolist()
     tokens = torch.zeros(heads, room.room, dtype=torch.int32, device=keys.device)
@@ -307,7 +319,7 @@ def select_by_reference(keys: torch.Tensor, page_lse: torch.Tensor, batch: PageB
     for item, limit in enumerate(most):
         pages = slice(first_page[item], first_page[item + 1])
         mine = keys[:, pages].flatten(1)
-        chosen = choose_tokens(mine, 1.0, limit)
+        chosen = choose_tokens(mine, 1.0, limit, **steps)
         count = min(limit, mine.shape[1])  # of every head
         found = chosen.nonzero()[:, 1].view(heads, count) + pages.start * page_size
         tokens[:, first[item] : first[item] + count] = found.int()

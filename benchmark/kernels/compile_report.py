@@ -29,6 +29,7 @@ from triton.compiler import ASTSource
 from benchmark.common.options import integer
 from benchmark.common.report import environment, write_json
 from benchmark.common.stats import format_table
+from benchmark.kernels.sizes import SHARED_STEPS
 from mosaic_kernels.attend_dense import launch as attend_dense
 from mosaic_kernels.attend_dense.kernel import attend_dense_kernel, merge_pieces_kernel
 from mosaic_kernels.attend_pages import launch as attend_pages
@@ -83,8 +84,6 @@ TYPES = {
      "joined_lse"), "*fp32",
 ) | dict.fromkeys(("sums", "shares", "k_weights", "v_weights"), "*fp64")  # fmt: skip
 """Of kernel arguments; the others are pointers to int32."""
-SHARED_STEPS = 4
-"""Decode steps that share a selection."""
 _DIVISIBLE = "frame_bytes", "page_stride", "token_stride", "head_stride"
 """Of what are no pointers, multiples of 16."""
 _BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"

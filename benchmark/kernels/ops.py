@@ -10,11 +10,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
 from benchmark.kernels import expected, server_ops, traffic
 from benchmark.kernels.cases import Case, Rotated
+from benchmark.kernels.sizes import SHARED_STEPS
 from benchmark.kernels.tolerances import (
     LOGITS,
     MERGED,
@@ -112,8 +114,13 @@ def _scan(case: Case) -> tuple[torch.Tensor, torch.Tensor]:
     return scan(case.q, case.pool.data, case.dense_lse, case.batch, case.pool.table, case.scale)
 
 
-def _select(case: Case, keys: torch.Tensor, page_lse: torch.Tensor) -> Selected:
-    return select(keys, page_lse, case.batch, case.plan, case.pool.table)
+def _select(case: Case, keys: torch.Tensor, page_lse: torch.Tensor, **steps: int) -> Selected:
+    # One step is not passed: kernels of --base may be of a commit that does not know `steps`.
+    return select(keys, page_lse, case.batch, case.plan, case.pool.table, **steps)
+
+
+def _select_given(case: Case, **steps: int) -> Selected:
+    return _select(case, case.keys, case.page_lse, **steps)
 
 
 def _attend_selected(case: Case, selected: Selected) -> tuple[torch.Tensor, torch.Tensor]:
@@ -149,8 +156,8 @@ def _reuse(case: Case, selected: Selected) -> torch.Tensor:
     return _combine(case, _of_selected(case, attended), _of_pages(case, far))
 
 
-def _step(case: Case) -> torch.Tensor:
-    return _reuse(case, _select(case, *_scan(case)))
+def _step(case: Case, **steps: int) -> torch.Tensor:
+    return _reuse(case, _select(case, *_scan(case), **steps))
 
 
 def _decode_gate(case: Case, pages: expected.Decoded) -> float:
@@ -211,7 +218,14 @@ def _scan_gate(case: Case, pages: expected.Decoded) -> float:
 
 
 def _select_gate(case: Case, _: expected.Decoded) -> float:
-    found, wanted = _select(case, case.keys, case.page_lse), case.selected
+    return _selection_error(case, _select_given(case), case.selected)
+
+
+def _select_shared_gate(case: Case, _: expected.Decoded) -> float:
+    return _selection_error(case, _select_given(case, steps=SHARED_STEPS), case.shared)
+
+
+def _selection_error(case: Case, found: Selected, wanted: Selected) -> float:
     same = torch.equal(found.counts, wanted.counts)
     for item, first in enumerate(case.plan.first[:-1].tolist()):
         own = slice(first, first + int(wanted.counts[0, item]))
@@ -244,14 +258,16 @@ def _reuse_gate(case: Case, pages: expected.Decoded) -> float:
     return by_row(_reuse(case, case.selected), wanted, MERGED)
 
 
-def _step_gate(case: Case, pages: expected.Decoded) -> float:
+def _step_gate(case: Case, pages: expected.Decoded, **steps: int) -> float:
     # A key that is off by one chooses another token: the references read what the kernels chose.
-    selected = _select(case, *_scan(case))
+    selected = _select(case, *_scan(case), **steps)
     wanted = expected.with_dense(case, expected.over_selected(case, pages, selected, far=True))
-    return by_row(_step(case), wanted, MERGED)
+    return by_row(_step(case, **steps), wanted, MERGED)
 
 
-_REUSE = traffic.attend_selected_bytes, traffic.far_field_bytes, traffic.combine_bytes(2)
+_AROUND = traffic.far_field_bytes, traffic.combine_bytes(2)
+_REUSE = traffic.attend_selected_bytes, *_AROUND
+_SELECTING = traffic.scan_bytes, traffic.select_bytes
 
 OPS = (
     Op("query_squares", "queries bf16 [tokens, R, D] -> sums of squares float64 [H, D]",
@@ -286,7 +302,9 @@ OPS = (
     Op("scan", "q [I, H, group, D], scan channels of P pages -> keys int16 [H, P, 64], lse [H, P, group]",
        traffic.scan_bytes, _scan_gate, _scan, streams=True),
     Op("select", "keys [H, P, 64], lse [H, P, group] -> tokens [H, N], far [H, P, group]",
-       traffic.select_bytes, _select_gate, lambda case: _select(case, case.keys, case.page_lse)),
+       traffic.select_bytes, _select_gate, _select_given),
+    Op("select_shared", f"select for {SHARED_STEPS} decode steps that share it",
+       traffic.select_bytes, _select_shared_gate, partial(_select_given, steps=SHARED_STEPS)),
     Op("attend_selected", "q [I, H, group, D], tokens [H, N] -> out [pieces, H, group, D], lse",
        traffic.attend_selected_bytes, _attend_selected_gate, lambda case: _attend_selected(case, case.selected)),
     Op("far_field", "far [H, P, group], mean V of P pages -> out [pieces, H, group, D], lse",
@@ -298,7 +316,11 @@ OPS = (
     Op("full", "attend_pages, combine: a step that reads everything",
        traffic.total(traffic.attend_pages_bytes, traffic.combine_bytes(1)), _full_gate, _full),
     Op("step", "scan, select, attend_selected, far_field, combine: a step that selects afresh",
-       traffic.total(traffic.scan_bytes, traffic.select_bytes, *_REUSE), _step_gate, _step),
+       traffic.total(*_SELECTING, *_REUSE), _step_gate, _step),
+    Op("step_shared",
+       f"scan, select_shared, attend_selected, far_field, combine: a step that selects for {SHARED_STEPS}",
+       traffic.total(*_SELECTING, traffic.attend_shared_bytes, *_AROUND),
+       partial(_step_gate, steps=SHARED_STEPS), partial(_step, steps=SHARED_STEPS)),
     Op("reuse", "attend_selected, far_field, combine: a step that reuses a selection",
        traffic.total(*_REUSE), _reuse_gate, lambda case: _reuse(case, case.selected)),
 )  # fmt: skip

@@ -8,6 +8,8 @@ from mosaic_kernels.page_batch import LEAST_SCANNED
 
 PAGE = 64
 """Tokens."""
+SHARED_STEPS = 4
+"""Decode steps that share a selection."""
 
 
 class Dims(NamedTuple):

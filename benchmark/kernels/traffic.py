@@ -13,6 +13,7 @@ import torch
 from benchmark.kernels.cases import Case
 from benchmark.kernels.sizes import PAGE
 from mosaic_kernels.segment import GROUP, HEADER, SegmentFormat
+from mosaic_kernels.select.selection import Selected
 
 _FLOAT, _INT, _HALF = 4, 4, 2
 
@@ -78,17 +79,12 @@ def select_bytes(case: Case) -> int:
 
 def attend_selected_bytes(case: Case) -> int:
     """The lists, `token_bytes` of the selected tokens, `page_bytes` of the pages that have any; queries and results."""
-    taken = total = 0
-    first = case.plan.first.tolist()
-    numbers = _numbers(case)
-    for h, head in enumerate(case.pool.heads):
-        counts = case.selected.counts[h].tolist()
-        lists = [case.selected.tokens[h, first[item] : first[item] + count] for item, count in enumerate(counts)]
-        pages = torch.cat(lists).long() // PAGE
-        taken += len(pages)
-        total += _by_format(head.formats, numbers[pages, h], token_bytes)
-        total += _by_format(head.formats, numbers[pages.unique(), h], page_bytes)
-    return total + _INT * taken + _sizes(case.q) + _results(case, len(case.plan.pieces))
+    return _of_selection(case, case.selected)
+
+
+def attend_shared_bytes(case: Case) -> int:
+    """The same of a selection that steps share: its tokens follow each other, so they are of fewer pages."""
+    return _of_selection(case, case.shared)
 
 
 def token_bytes(fmt: SegmentFormat) -> int:
@@ -180,6 +176,20 @@ def _encoded(case: Case) -> int:
 def _of_segments(case: Case, nbytes: Callable[[SegmentFormat], int], pages: slice = slice(None)) -> int:
     numbers = _numbers(case)[pages]
     return sum(_by_format(head.formats, numbers[:, h], nbytes) for h, head in enumerate(case.pool.heads))
+
+
+def _of_selection(case: Case, selected: Selected) -> int:
+    taken = total = 0
+    first = case.plan.first.tolist()
+    numbers = _numbers(case)
+    for h, head in enumerate(case.pool.heads):
+        counts = selected.counts[h].tolist()
+        lists = [selected.tokens[h, first[item] : first[item] + count] for item, count in enumerate(counts)]
+        pages = torch.cat(lists).long() // PAGE
+        taken += len(pages)
+        total += _by_format(head.formats, numbers[pages, h], token_bytes)
+        total += _by_format(head.formats, numbers[pages.unique(), h], page_bytes)
+    return total + _INT * taken + _sizes(case.q) + _results(case, len(case.plan.pieces))
 
 
 def _by_format(formats: tuple, numbers: torch.Tensor, nbytes: Callable[[SegmentFormat], int]) -> int:
