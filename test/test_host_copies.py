@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from sglang_mosaic.cache.dense_bytes import dense_bytes, dense_layers, host_bytes, write_dense_bytes
-from sglang_mosaic.cache.host_copies import HostCopies
+from sglang_mosaic.cache.host_copies import HostCopies, pinned_memory
 from sglang_mosaic.cache.host_page import Label
+from sglang_mosaic.wire.buffers import Buffers, usual_memory
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -24,7 +25,7 @@ def finished(copies: HostCopies, count: int) -> list:
 
 
 def test_copies_hold_what_rows_held_when_they_were_started():
-    copies = HostCopies()
+    copies = HostCopies(Buffers(1 << 22, pinned_memory if DEVICE == "cuda" else usual_memory))
     slab = torch.zeros(64, 1 << 20, dtype=torch.uint8, device=DEVICE)
     wanted = []
     for turn in range(1, 6):
@@ -53,7 +54,7 @@ def test_dense_frames_come_back_bit_for_bit(dtype: torch.dtype, dims: tuple[int,
         assert all(torch.equal(y, x[3 * 64 : 4 * 64]) for x, y in zip(layers, found, strict=True))
     for x in (*k, *v):
         x.view(-1, 64, *x.shape[1:])[frames] = 0
-    copies = HostCopies()
+    copies = HostCopies(Buffers(1 << 22, pinned_memory if DEVICE == "cuda" else usual_memory))
     copies.start([Label(b"a", "", 0), Label(b"b", "", 64)], data)
     rows = torch.stack([host_bytes(page.data) for _, page in finished(copies, 2)]).to(DEVICE)
     write_dense_bytes(k, v, frames, rows)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import triton_device  # noqa: F401  (before anything that imports Triton)
+from sglang_mosaic.cache.host_copies import pinned_memory
 from sglang_mosaic.cache.host_page import HostPage
 from sglang_mosaic.cache.host_tier import HostTier
 from sglang_mosaic.cache.memory import PageMemory
@@ -16,6 +17,7 @@ from sglang_mosaic.manager.in_process import InProcessClient
 from sglang_mosaic.manager.keys import namespace, page_keys
 from sglang_mosaic.manager.options import ManagerOptions
 from sglang_mosaic.page import PAGE_SIZE
+from sglang_mosaic.wire.buffers import Buffers, usual_memory
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LAYERS, HEADS, DIM, PAGES = 2, 2, 64, 8
@@ -40,7 +42,12 @@ def pool(encode: str = "seal", most_bytes: int = 1 << 26, max_error: float | Non
     options = ManagerOptions(slot_bytes=DENSE_BYTES, slots=8)
     memory.connect(
         HostTier(
-            InProcessClient(options), most_bytes, 8, lambda hash_: memory.epochs.number(hash_) is not None, memory.adopt
+            InProcessClient(options),
+            most_bytes,
+            8,
+            Buffers(most_bytes, pinned_memory if DEVICE == "cuda" else usual_memory),
+            lambda hash_: memory.epochs.number(hash_) is not None,
+            memory.adopt,
         )
     )
     return memory

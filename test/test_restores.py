@@ -142,12 +142,24 @@ def test_a_turn_brings_as_many_pages_as_there_is_room_for() -> None:
     bench = Bench(slots=32, at_once=16)
     bench.restores.begin("a", bench.cases.keys, LONG_S)
     bench.turn()
-    assert len(bench.restores.take("a")) == 16
     # The others are on their way before the next forward, not after it.
     assert bench.client.counters.fetches == len(bench.cases.keys) == bench.restores.ahead + 16
-    assert not bench.restores.done("a")
+    assert bench.restores.take("a") == [] and not bench.restores.done("a")
     bench.turn()
-    assert len(bench.restores.take("a")) == 8 and bench.restores.done("a")
+    assert len(bench.restores.take("a")) == 24 and bench.restores.done("a")
+    bench.client.close()
+
+
+def test_pages_are_taken_many_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sglang_mosaic.cache.restores.TOGETHER", 8)
+    bench = Bench(slots=10, at_once=5)
+    bench.restores.begin("a", bench.cases.keys[:21], LONG_S)
+    taken = []
+    while not bench.restores.done("a"):
+        bench.turn()
+        taken.append(bench.restores.take("a"))
+    assert [len(pages) for pages in taken if pages] == [10, 10, 1]
+    assert data_of([page for pages in taken for page in pages]) == bench.cases.frames[:21]
     bench.client.close()
 
 

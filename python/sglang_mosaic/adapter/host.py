@@ -25,7 +25,7 @@ from sglang_mosaic.layout import FrameBytes
 from sglang_mosaic.manager.keys import namespace
 from sglang_mosaic.manager.options import ManagerOptions
 from sglang_mosaic.manager.zmq_client import ZmqClient
-from sglang_mosaic.wire.buffers import usual_memory
+from sglang_mosaic.wire.buffers import Buffers, usual_memory
 
 logger = logging.getLogger(__name__)
 
@@ -80,18 +80,24 @@ def connect(scheduler: Any, memory: PageMemory) -> None:
     # Only cold pages need to know; computing it takes a table of all positions.
     rope = rope_of(scheduler.tp_worker.model_runner.model) if config.cold_max_error else RopeOfModel()
     options = manager_options(config, memory.plan.frame_bytes, rope)
+    most_bytes = max(min(OUTBOX_BYTES, options.host_bytes), LEAST_PAGES * options.slot_bytes)
+    on_gpu = memory.table.frames.is_cuda
+    allocate = pinned_memory if on_gpu else usual_memory
+    buffers = Buffers(most_bytes, allocate)
     try:
-        on_gpu = memory.table.frames.is_cuda
-        client = ZmqClient(options, pinned_memory if on_gpu else usual_memory)
-        if on_gpu and memory.config.compresses:
-            # The system takes longer to give and pin memory than to fill it: pages would seem slow to come back.
-            client.prepare(memory.plan.frame_bytes.mosaic)
+        client = ZmqClient(options, allocate)
     except ConfigError as error:
         raise SystemExit(f"sglang_mosaic: --mosaic-host-gb: {error}") from error
+    if on_gpu and memory.config.compresses:
+        # The system takes longer to give and pin memory than to fill it: steps would wait for it, and pages seem slow
+        # to come back.
+        for prepare in (client.prepare, buffers.prepare):
+            prepare(memory.plan.frame_bytes.mosaic)
     tier = HostTier(
         client,
-        max(min(OUTBOX_BYTES, options.host_bytes), LEAST_PAGES * options.slot_bytes),
+        most_bytes,
         options.slots,
+        buffers,
         readable=lambda hash_: memory.epochs.number(hash_) is not None,
         adopt=memory.adopt,
     )

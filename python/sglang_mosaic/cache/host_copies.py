@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from sglang_mosaic.cache.host_page import HostPage, Label
+from sglang_mosaic.wire.buffers import Buffers
 
 
 def pinned_memory(size: int) -> np.ndarray:
@@ -18,22 +19,27 @@ def pinned_memory(size: int) -> np.ndarray:
 
 class _Batch(NamedTuple):
     labels: list[Label]
-    rows: torch.Tensor
-    """uint8 [pages, bytes], in host memory."""
+    pages: list[memoryview]
+    """Of host memory."""
     done: torch.cuda.Event | None
 
 
 class HostCopies:
-    """Copies of rows, in the order in which they were started."""
+    """Copies of rows, in the order in which they were started.
 
-    def __init__(self) -> None:
+    Args:
+        buffers: give the host's memory; what a GPU copies to while it computes is pinned.
+    """
+
+    def __init__(self, buffers: Buffers) -> None:
+        self._buffers = buffers
         self._batches: deque[_Batch] = deque()
         self._stream: torch.cuda.Stream | None = None
 
     @property
     def nbytes(self) -> int:
         """Bytes under way."""
-        return sum(batch.rows.nbytes for batch in self._batches)
+        return sum(page.nbytes for batch in self._batches for page in batch.pages)
 
     def start(self, labels: list[Label], rows: torch.Tensor) -> None:
         """Copy rows, as of now in the current stream.
@@ -42,27 +48,32 @@ class HostCopies:
             labels: of each page.
             rows: uint8 [pages, bytes]; nobody else writes to them.
         """
+        pages = [self._buffers.take(rows.shape[1]) for _ in labels]
         done = None
         if rows.is_cuda:
             if self._stream is None:
                 self._stream = torch.cuda.Stream(rows.device)
             self._stream.wait_stream(torch.cuda.current_stream(rows.device))
             with torch.cuda.stream(self._stream):
-                host = torch.empty(rows.shape, dtype=rows.dtype, pin_memory=True)
-                host.copy_(rows, non_blocking=True)
+                _copy(rows, pages)
                 done = self._stream.record_event()
             rows.record_stream(self._stream)
-            rows = host
-        self._batches.append(_Batch(labels, rows, done))
+        else:
+            _copy(rows, pages)
+        self._batches.append(_Batch(labels, pages, done))
 
     def finished(self) -> list[tuple[bytes, HostPage]]:
         """Keys and pages that have arrived since this was asked last."""
         pages = []
         while self._batches and (self._batches[0].done is None or self._batches[0].done.query()):
             batch = self._batches.popleft()
-            rows = batch.rows.numpy()
             pages += [
-                (label.key, HostPage(label.epoch, memoryview(row), label.position))
-                for label, row in zip(batch.labels, rows, strict=True)
+                (label.key, HostPage(label.epoch, page, label.position))
+                for label, page in zip(batch.labels, batch.pages, strict=True)
             ]
         return pages
+
+
+def _copy(rows: torch.Tensor, pages: list[memoryview]) -> None:
+    for row, page in zip(rows, pages, strict=True):
+        torch.frombuffer(page, dtype=torch.uint8).copy_(row, non_blocking=True)

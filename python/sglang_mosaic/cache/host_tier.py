@@ -16,9 +16,11 @@ from sglang_mosaic.cache.host_copies import HostCopies
 from sglang_mosaic.cache.host_page import HostPage, Label, meta_of
 from sglang_mosaic.cache.restores import Restores
 from sglang_mosaic.manager.client import Lookup, ManagerClient, Status, Ticket
+from sglang_mosaic.wire.buffers import Buffers
 
-PUTTING = 0.1
-"""Share of the time between two polls that handing pages to the manager may take: it is taken from the steps."""
+PUTTING, MOST_PUTTING = 0.1, 0.5
+"""Share of the time between two polls that handing pages to the manager may take while few wait, and when there is no
+room for more: it is taken from the steps, and a page that is dropped is computed again, with all that follow it."""
 
 
 @dataclasses.dataclass
@@ -39,6 +41,7 @@ class HostTier:
         client: of the manager; closed here.
         most_bytes: of pages that wait for the manager, in host memory; and as many of those that have come back.
         slots: payloads that the client can have under way.
+        buffers: as of `HostCopies`.
         readable: whether pages of an epoch can be read.
         adopt: makes pages of an epoch readable, given its bytes; False: they cannot be.
     """
@@ -48,6 +51,7 @@ class HostTier:
         client: ManagerClient,
         most_bytes: int,
         slots: int,
+        buffers: Buffers,
         readable: Callable[[str], bool],
         adopt: Callable[[bytes], bool],
     ) -> None:
@@ -55,7 +59,7 @@ class HostTier:
         self._client = client
         self._most_bytes = most_bytes
         self._spare_slots = slots // 2
-        self._copies = HostCopies()
+        self._copies = HostCopies(buffers)
         self._outbox: OrderedDict[bytes, HostPage] = OrderedDict()
         self._outbox_bytes = 0
         self.restores = Restores(client, max(slots // 2, 1), most_bytes, self._outbox.get, readable, adopt)
@@ -68,7 +72,7 @@ class HostTier:
 
     def room(self, page_bytes: int) -> int:
         """Pages that `keep` has room for."""
-        return max(self._most_bytes - self._outbox_bytes - self._copies.nbytes, 0) // page_bytes
+        return max(self._most_bytes - self._waiting_bytes, 0) // page_bytes
 
     def keep(self, labels: list[Label], rows: torch.Tensor) -> None:
         """Pages leave the pool.
@@ -120,6 +124,11 @@ class HostTier:
         """Whether `poll` has something to move on."""
         return bool(self._outbox or self._copies.nbytes or self.restores.waiting)
 
+    @property
+    def _waiting_bytes(self) -> int:
+        """Of pages that the manager has not been given."""
+        return self._outbox_bytes + self._copies.nbytes
+
     def poll(self) -> None:
         """Move everything on. Call once a step, and while idle a few times a second; more often while `busy`."""
         for key, page in self._copies.finished():
@@ -143,7 +152,8 @@ class HostTier:
     def _put(self) -> None:
         """Hand pages to the manager, one at least and as many as there is time for."""
         now = time.monotonic()
-        until = now + PUTTING * (now - self._polled)
+        share = PUTTING + (MOST_PUTTING - PUTTING) * min(self._waiting_bytes / self._most_bytes, 1.0)
+        until = now + share * (now - self._polled)
         self._polled = now
         # Restores have the other half of the slots.
         while self._outbox and self._client.connected and self._client.room > self._spare_slots:
@@ -158,7 +168,7 @@ class HostTier:
         return {
             **dataclasses.asdict(self.counters),
             "outbox_pages": len(self._outbox),
-            "outbox_bytes": self._outbox_bytes + self._copies.nbytes,
+            "outbox_bytes": self._waiting_bytes,
             "restores_waiting": self.restores.waiting,
             **self._client.stats(),
         }

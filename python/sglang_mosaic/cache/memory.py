@@ -85,6 +85,8 @@ class PageMemory:
         self._errors = EncodingErrors(len(dense_k), device)
         self.lifecycle = PageLifecycle(plan, least_cold=least_cold)
         self.host: HostTraffic | None = None
+        self._stream: torch.cuda.Stream | None = None
+        """Of forwards."""
         self.audits = self.step_audits = 0
         self._audited: int | None = None
         self._canary = PageCanary(self) if config.audit else None
@@ -122,9 +124,10 @@ class PageMemory:
             self._canary.clear()
 
     def restore(self, pages: Sequence[int], contents: Sequence[HostPage], sequence_start: bool) -> None:
-        """As `HostTraffic.restore`."""
+        """As `HostTraffic.restore`. They are on their way at once, so that their host memory is free for the next."""
         self._seal_written()
         self._connected.restore(pages, contents, sequence_start)
+        self.apply_now()
 
     def adopt(self, data: bytes) -> bool:
         """Make pages of an epoch from the host readable; False: it is not of this cache, or too many are alive."""
@@ -151,10 +154,18 @@ class PageMemory:
         if seal and self.epochs.current is not None:
             self.lifecycle.encode_cold()
         self._take_epoch()
-        updates = self.lifecycle.take_updates()
-        for kind, run in itertools.groupby(updates.operations, type):
-            self._apply(kind, list(run))
-        self.table.update(updates.table)
+        self._apply_updates()
+        if self.table.frames.is_cuda:
+            self._stream = torch.cuda.current_stream(self.table.frames.device)
+
+    def apply_now(self) -> None:
+        """Apply what was decided without waiting for the next forward, in the stream of the last one: behind it, and
+        before all that come. Nothing happens before the first."""
+        if not self.table.frames.is_cuda:
+            self._apply_updates()
+        elif self._stream is not None:
+            with torch.cuda.stream(self._stream):
+                self._apply_updates()
 
     def will_write(self, slots: torch.Tensor) -> None:
         """The forward that follows writes these logical slots (integer ``[tokens]``). Call last thing before it."""
@@ -263,6 +274,12 @@ class PageMemory:
     def _seal_written(self) -> None:
         # Must run before every allocation: read any later, a slot could name the next life of a page freed meanwhile.
         self.lifecycle.seal(self._written.take())
+
+    def _apply_updates(self) -> None:
+        updates = self.lifecycle.take_updates()
+        for kind, run in itertools.groupby(updates.operations, type):
+            self._apply(kind, list(run))
+        self.table.update(updates.table)
 
     def _apply(self, kind: type[Operation], operations: list[Any]) -> None:
         if kind is Encoding:

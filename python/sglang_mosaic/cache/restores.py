@@ -15,6 +15,9 @@ FETCH_S = 2.0
 """Longest wait for one page: a manager that takes longer is not well."""
 LEAST_FETCH_S = 0.2
 """Shortest: a hiccup of the system is no reason to lose a page that others may want, too."""
+TOGETHER = 64
+"""Pages to be taken at a time, unless no more come: the prefix tree gets a node for each time, and every request that
+reads the prefix goes through all of its nodes."""
 PROBES = 8
 """Pages that are asked for to see how long they take by now."""
 
@@ -125,9 +128,13 @@ class Restores:
         self.ask()
 
     def take(self, name: str) -> list[HostPage]:
-        """Pages that have arrived and follow those that were taken before. They can be read."""
+        """Pages that have arrived and follow those that were taken before, once they are many or nothing is to be
+        waited for. They can be read."""
         restore = self._restores[name]
         keys = restore.ready()
+        more_come = len(keys) < min(TOGETHER, restore.end - restore.taken)
+        if more_come and not self._full() and time.monotonic() <= restore.deadline:
+            return []
         pages = [restore.arrived[key] for key in keys]
         unknown = next((i for i, page in enumerate(pages) if not self._known(page.epoch)), len(pages))
         if unknown < len(pages) and pages[unknown].epoch in self._unreadable:
@@ -180,7 +187,7 @@ class Restores:
     def ask(self) -> None:
         """Ask for more, after the answers of a turn were taken."""
         now = time.monotonic()
-        full = self._held_bytes() >= self._most_bytes
+        full = self._full()
         for restore in self._restores.values():
             restore.asked = max(restore.asked, restore.taken)
             if now > restore.deadline and restore.asked > restore.taken:
@@ -205,8 +212,10 @@ class Restores:
         """Whether one more page may be asked for; without a manager any, as they are misses at once."""
         return len(self._pages) < self._at_once and (not self._client.connected or self._client.room > 0)
 
-    def _held_bytes(self) -> int:
-        return sum(len(page.data) for restore in self._restores.values() for page in restore.arrived.values())
+    def _full(self) -> bool:
+        """Whether no page more may arrive before some are taken."""
+        held = sum(len(page.data) for restore in self._restores.values() for page in restore.arrived.values())
+        return held >= self._most_bytes
 
     def _arrived(self, key: bytes, page: HostPage | None) -> None:
         for restore in self._restores.values():
