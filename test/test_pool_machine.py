@@ -41,6 +41,7 @@ from sglang_mosaic.layout import FrameBytes, MemoryPlan, minimum_dense_frames, r
 from sglang_mosaic.manager.in_process import InProcessClient  # noqa: E402
 from sglang_mosaic.manager.options import ManagerOptions  # noqa: E402
 from sglang_mosaic.page import PAGE_SIZE  # noqa: E402
+from sglang_mosaic.wire.buffers import Buffers  # noqa: E402
 
 RUNNING, CHUNK, DIM = 3, 2 * PAGE_SIZE, 16
 RATIO = 3.0
@@ -121,6 +122,7 @@ class Pool(RuleBasedStateMachine):
             InProcessClient(options),
             40 * DENSE_BYTES,
             options.slots,
+            Buffers(40 * DENSE_BYTES),
             readable=lambda hash_: memory.epochs.number(hash_) is not None,
             adopt=memory.adopt,
         )
