@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
 import triton_device  # noqa: F401  (before anything that imports Triton)
 from sglang_mosaic.cache.host_copies import pinned_memory
-from sglang_mosaic.cache.host_page import HostPage
-from sglang_mosaic.cache.host_tier import HostTier
+from sglang_mosaic.cache.host_page import HostPage, Label
+from sglang_mosaic.cache.host_tier import MOST_PUTTING, PUTTING, HostTier
 from sglang_mosaic.cache.memory import PageMemory
 from sglang_mosaic.codec.planes import PlanesCodec
 from sglang_mosaic.config import MosaicConfig
@@ -67,6 +69,12 @@ def contents(memory: PageMemory, pages: list[int]) -> list[list[torch.Tensor]]:
     return found
 
 
+def assert_same(found: list[list[torch.Tensor]], wanted: list[list[torch.Tensor]]) -> None:
+    for after, before in zip(found, wanted, strict=True):
+        for x, y in zip(after, before, strict=True):
+            assert torch.equal(x.view(torch.uint8), y.view(torch.uint8))
+
+
 @pytest.mark.parametrize("encoded", [True, False], ids=["encoded before", "encoded on the way out"])
 def test_pages_come_back_as_they_were(encoded: bool) -> None:
     memory = pool()
@@ -109,10 +117,11 @@ def test_pages_come_back_as_they_were(encoded: bool) -> None:
     memory.free([9, 10, 11])
     places = list(range(12, 12 + len(found)))
     memory.restore(places, found, sequence_start=True)
+    # They are there before the next forward: host memory is not held until then.
+    assert (memory.table.frames[places] >= first).tolist() == [bool(page.epoch) for page in found]
+    assert_same(contents(memory, places), before[: len(places)])
     memory.begin_forward()
-    for after, expected in zip(contents(memory, places), before, strict=False):
-        for x, y in zip(after, expected, strict=True):
-            assert torch.equal(x.view(torch.uint8), y.view(torch.uint8))
+    assert_same(contents(memory, places), before[: len(places)])
     assert memory.lifecycle.sinks == {12}
     tier.close()
 
@@ -137,6 +146,25 @@ def test_without_room_for_all_the_start_of_a_sequence_is_kept() -> None:
     assert [bool(tier.held([key])) for key in keys[1:6]] == [True, True, True, False, False]
     assert (tier.counters.offered, tier.counters.dropped) == (5, 2)
     tier.close()
+
+
+def test_the_fuller_the_outbox_the_more_of_a_turn_goes_to_the_manager(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clock that goes on by one each time somebody looks: once for a page."""
+    now = itertools.count()
+    monkeypatch.setattr("sglang_mosaic.cache.host_tier.time.monotonic", lambda: next(now))
+    given = []
+    for most_pages in (400, 40):
+        client = InProcessClient(ManagerOptions(slot_bytes=1 << 12, slots=128))
+        tier = HostTier(client, most_pages << 12, 128, Buffers(1 << 20), lambda _: True, lambda _: True)
+        tier.poll()
+        labels = [Label(bytes([i]) * 16, "", i * PAGE_SIZE) for i in range(40)]
+        tier.keep(labels, torch.zeros(40, 1 << 12, dtype=torch.uint8))
+        tier._polled = next(now) - 60
+        tier.poll()
+        given.append(40 - tier.stats()["outbox_pages"])
+        tier.close()
+    few, many = given
+    assert 60 * PUTTING < few < 60 * MOST_PUTTING / 2 and 60 * MOST_PUTTING - 2 < many < 40
 
 
 def test_what_the_host_has_is_not_copied_again() -> None:
@@ -215,7 +243,6 @@ def test_without_a_calibration_pages_go_and_come_uncompressed(encode: str) -> No
     assert [page.epoch for page in found] == [""] * 3 and memory.host.valid(found) == 3
     memory.restore([4, 5, 6], found, sequence_start=True)
     memory.begin_forward()
-    for after, expected in zip(contents(memory, [4, 5, 6]), before, strict=True):
-        assert all(torch.equal(x.view(torch.uint8), y.view(torch.uint8)) for x, y in zip(after, expected, strict=True))
+    assert_same(contents(memory, [4, 5, 6]), before)
     assert tier.counters.dropped == 0 and memory.epochs.current is None
     tier.close()

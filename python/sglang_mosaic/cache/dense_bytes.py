@@ -46,7 +46,7 @@ def write_dense_bytes(
 
 
 def host_bytes(data: bytes | memoryview) -> torch.Tensor:
-    """uint8 [bytes] on the host, the same memory: not to be written to."""
+    """uint8 [bytes] on the host, the same memory: not to be written to where the bytes are not."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The given buffer is not writable")
         return torch.frombuffer(data, dtype=torch.uint8)

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from sglang_mosaic.cache.dense_bytes import host_bytes
 from sglang_mosaic.cache.host_page import HostPage, Label
 from sglang_mosaic.wire.buffers import Buffers
 
@@ -76,4 +77,4 @@ class HostCopies:
 
 def _copy(rows: torch.Tensor, pages: list[memoryview]) -> None:
     for row, page in zip(rows, pages, strict=True):
-        torch.frombuffer(page, dtype=torch.uint8).copy_(row, non_blocking=True)
+        host_bytes(page).copy_(row, non_blocking=True)

@@ -1,9 +1,10 @@
 """The life of every logical page: which frame it has, when it is encoded, what the next forward must apply.
 
 Decisions are taken on the host while SGLang allocates and frees; nothing is touched on the device. They pile up as one
-``Updates`` record that the next forward applies, in its own stream, before it reads or writes anything. A frame that
-is given away here is therefore rewritten only after every forward that could read it, and what an operation reads is
-still intact when it runs, as operations run in the order in which they were decided.
+``Updates`` record that the next forward applies, in its own stream, before it reads or writes anything, unless pages
+that come back from the host have had it applied there before. A frame that is given away here is therefore rewritten
+only after every forward that could read it, and what an operation reads is still intact when it runs, as operations run
+in the order in which they were decided.
 """
 
 from __future__ import annotations

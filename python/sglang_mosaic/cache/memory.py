@@ -127,7 +127,7 @@ class PageMemory:
         """As `HostTraffic.restore`. They are on their way at once, so that their host memory is free for the next."""
         self._seal_written()
         self._connected.restore(pages, contents, sequence_start)
-        self.apply_now()
+        self._apply_now()
 
     def adopt(self, data: bytes) -> bool:
         """Make pages of an epoch from the host readable; False: it is not of this cache, or too many are alive."""
@@ -157,15 +157,6 @@ class PageMemory:
         self._apply_updates()
         if self.table.frames.is_cuda:
             self._stream = torch.cuda.current_stream(self.table.frames.device)
-
-    def apply_now(self) -> None:
-        """Apply what was decided without waiting for the next forward, in the stream of the last one: behind it, and
-        before all that come. Nothing happens before the first."""
-        if not self.table.frames.is_cuda:
-            self._apply_updates()
-        elif self._stream is not None:
-            with torch.cuda.stream(self._stream):
-                self._apply_updates()
 
     def will_write(self, slots: torch.Tensor) -> None:
         """The forward that follows writes these logical slots (integer ``[tokens]``). Call last thing before it."""
@@ -274,6 +265,17 @@ class PageMemory:
     def _seal_written(self) -> None:
         # Must run before every allocation: read any later, a slot could name the next life of a page freed meanwhile.
         self.lifecycle.seal(self._written.take())
+
+    def _apply_now(self) -> None:
+        """Apply what was decided without waiting for the next forward, in the stream of the last one: behind it, and
+        before all that come. Before the first one nothing happens."""
+        if not self.table.frames.is_cuda:
+            self._apply_updates()
+        elif self._stream is not None:
+            # As forwards do: what is applied may use what the caller's stream has made.
+            self._stream.wait_stream(torch.cuda.current_stream(self.table.frames.device))
+            with torch.cuda.stream(self._stream):
+                self._apply_updates()
 
     def _apply_updates(self) -> None:
         updates = self.lifecycle.take_updates()
