@@ -19,8 +19,9 @@ PROMPTS = shared_prefix_prompts(families=4, members=2, shared_tokens=250, own_to
 TOKENS = 6
 CLIENTS = 3
 KILLS = 4
-STOP_S = 5.0
-"""Longer than a silent manager is taken for alive."""
+STOP_S = 10.0
+"""Longer than a silent manager is taken for alive, by several turns of a scheduler that shares its cores: a question
+has to be asked first, and a turn must come once it is late."""
 
 
 @pytest.fixture(scope="module")
