@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import itertools
-
 import pytest
 import torch
 
 import triton_device  # noqa: F401  (before anything that imports Triton)
 from sglang_mosaic.cache.host_copies import pinned_memory
-from sglang_mosaic.cache.host_page import HostPage, Label
-from sglang_mosaic.cache.host_tier import MOST_PUTTING, PUTTING, HostTier
+from sglang_mosaic.cache.host_page import HostPage
+from sglang_mosaic.cache.host_tier import HostTier
 from sglang_mosaic.cache.memory import PageMemory
 from sglang_mosaic.codec.planes import PlanesCodec
 from sglang_mosaic.config import MosaicConfig
@@ -146,25 +144,6 @@ def test_without_room_for_all_the_start_of_a_sequence_is_kept() -> None:
     assert [bool(tier.held([key])) for key in keys[1:6]] == [True, True, True, False, False]
     assert (tier.counters.offered, tier.counters.dropped) == (5, 2)
     tier.close()
-
-
-def test_the_fuller_the_outbox_the_more_of_a_turn_goes_to_the_manager(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A clock that goes on by one each time somebody looks: once for a page."""
-    now = itertools.count()
-    monkeypatch.setattr("sglang_mosaic.cache.host_tier.time.monotonic", lambda: next(now))
-    given = []
-    for most_pages in (400, 40):
-        client = InProcessClient(ManagerOptions(slot_bytes=1 << 12, slots=128))
-        tier = HostTier(client, most_pages << 12, 128, Buffers(1 << 20), lambda _: True, lambda _: True)
-        tier.poll()
-        labels = [Label(bytes([i]) * 16, "", i * PAGE_SIZE) for i in range(40)]
-        tier.keep(labels, torch.zeros(40, 1 << 12, dtype=torch.uint8))
-        tier._polled = next(now) - 60
-        tier.poll()
-        given.append(40 - tier.stats()["outbox_pages"])
-        tier.close()
-    few, many = given
-    assert 60 * PUTTING < few < 60 * MOST_PUTTING / 2 and 60 * MOST_PUTTING - 2 < many < 40
 
 
 def test_what_the_host_has_is_not_copied_again() -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
 
 import msgspec
 import pytest
@@ -18,7 +20,7 @@ from sglang_mosaic.manager.options import ManagerOptions
 from sglang_mosaic.manager.service import Service
 from sglang_mosaic.manager.slotted_client import SlottedClient
 from sglang_mosaic.wire import messages as wire
-from sglang_mosaic.wire.messages import Meta, RecordKind, Slot
+from sglang_mosaic.wire.messages import Meta, RecordKind, Slot, WireError
 from sglang_mosaic.wire.slots import SlotMemory
 
 OPTIONS = ManagerOptions(slot_bytes=len(frames().frames[0]), slots=4)
@@ -170,6 +172,18 @@ def test_a_service_survives_anything(data: st.DataObject) -> None:
         memory.close()
 
 
+class AtOnce(ThreadPoolExecutor):
+    """In the caller's thread, so that a test knows what has been copied."""
+
+    def submit(self, work: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        done: Future[Any] = Future()
+        try:
+            done.set_result(work(*args, **kwargs))
+        except WireError as error:
+            done.set_exception(error)
+        return done
+
+
 class Scripted(SlottedClient):
     """A client whose manager says what a test wants."""
 
@@ -177,6 +191,7 @@ class Scripted(SlottedClient):
 
     def __init__(self) -> None:
         super().__init__(OPTIONS)
+        self._reading = self._writing = AtOnce()
         self.sent: list[bytes] = []
         self.inbox: deque[bytes] = deque()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 
 from sglang_mosaic.wire.buffers import Buffers
 
@@ -57,7 +58,7 @@ def test_memory_is_taken_from_where_the_caller_says() -> None:
     assert sizes == [40, 30]
 
 
-def test_buffers_that_were_prepared_are_cut_from_one_piece() -> None:
+def test_buffers_that_were_prepared_are_cut_from_large_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes: list[int] = []
 
     def allocate(size: int) -> np.ndarray:
@@ -73,3 +74,7 @@ def test_buffers_that_were_prepared_are_cut_from_one_piece() -> None:
     assert sizes == [90, 30]
     del taken
     assert buffers.free_bytes == 90
+    monkeypatch.setattr("sglang_mosaic.wire.buffers.ARENA_BYTES", 70)
+    sizes.clear()
+    Buffers(100, allocate).prepare(30)
+    assert sizes == [60, 30]

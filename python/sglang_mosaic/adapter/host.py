@@ -34,8 +34,9 @@ LEAST_SLOTS, MOST_SLOTS, SLOTS_BYTES = 16, 512, GIB
 """Payloads under way: as many as compressed pages have so many bytes. Half of them come back in one turn of the
 scheduler, which may last as long as a prefill: they must be more than that computes. A slot has room for an
 uncompressed page, of which few travel; memory that nobody wrote to takes none."""
-OUTBOX_BYTES = GIB
-"""Most bytes of pages that wait for the manager, unless the host tier has less; LEAST_PAGES of them in any case."""
+OUTBOX_BYTES, OUTBOX_SHARE = GIB, 0.1
+"""Most bytes of pages that wait for the manager, and a share of the host tier if that is more: bringing a long prompt
+back evicts as much within a second. LEAST_PAGES of them in any case."""
 LEAST_PAGES = 32
 RAW_SHARE, RAW_SHARE_LOSSY = 0.75, 0.25
 """Shares of the host's memory that hold its newest pages as they came: they come back much faster. Coding them again
@@ -54,6 +55,7 @@ def manager_options(config: MosaicConfig, frame_bytes: FrameBytes, rope: RopeOfM
     raw_share = 0.0 if config.disk else RAW_SHARE_LOSSY if lossy else RAW_SHARE
     return ManagerOptions(
         slot_bytes=slot_bytes,
+        usual_bytes=usual_bytes,
         slots=min(max(SLOTS_BYTES // usual_bytes, LEAST_SLOTS), MOST_SLOTS),
         host_bytes=host_bytes,
         host_raw_bytes=int(raw_share * host_bytes),
@@ -80,7 +82,8 @@ def connect(scheduler: Any, memory: PageMemory) -> None:
     # Only cold pages need to know; computing it takes a table of all positions.
     rope = rope_of(scheduler.tp_worker.model_runner.model) if config.cold_max_error else RopeOfModel()
     options = manager_options(config, memory.plan.frame_bytes, rope)
-    most_bytes = max(min(OUTBOX_BYTES, options.host_bytes), LEAST_PAGES * options.slot_bytes)
+    outbox_bytes = min(max(OUTBOX_BYTES, int(OUTBOX_SHARE * options.host_bytes)), options.host_bytes)
+    most_bytes = max(outbox_bytes, LEAST_PAGES * options.slot_bytes)
     on_gpu = memory.table.frames.is_cuda
     allocate = pinned_memory if on_gpu else usual_memory
     buffers = Buffers(most_bytes, allocate)
@@ -88,11 +91,6 @@ def connect(scheduler: Any, memory: PageMemory) -> None:
         client = ZmqClient(options, allocate)
     except ConfigError as error:
         raise SystemExit(f"sglang_mosaic: --mosaic-host-gb: {error}") from error
-    if on_gpu and memory.config.compresses:
-        # The system takes longer to give and pin memory than to fill it: steps would wait for it, and pages seem slow
-        # to come back.
-        for prepare in (client.prepare, buffers.prepare):
-            prepare(memory.plan.frame_bytes.mosaic)
     tier = HostTier(
         client,
         most_bytes,
@@ -101,7 +99,12 @@ def connect(scheduler: Any, memory: PageMemory) -> None:
         readable=lambda hash_: memory.epochs.number(hash_) is not None,
         adopt=memory.adopt,
     )
-    tier.poll()
+    tier.poll()  # starts the manager
+    if on_gpu:
+        # The system takes longer to give and pin memory than to fill it: steps would wait for it, and pages seem slow
+        # to come back.
+        for prepare in (client.prepare, buffers.prepare):
+            prepare(options.usual_bytes)
     memory.connect(tier)
     rate = scheduler.tp_worker.model_runner.prefill_rate
     pays = RestoringPays(config.restore_from, rate, tier.restores.rate)

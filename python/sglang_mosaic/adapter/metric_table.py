@@ -125,6 +125,11 @@ _TIER = (
     ),
     _counter("host_restored_pages_total", "Pages brought back into the pool for requests.", "host.restored"),
     _counter(
+        "host_recomputed_pages_total",
+        "Pages on the host that were computed again, as that takes no longer than bringing them back.",
+        "host.recomputed",
+    ),
+    _counter(
         "host_missed_pages_total",
         "Pages asked for and not restored: lost, damaged, unreadable, late, or without room in the pool.",
         "host.missed",

@@ -114,9 +114,11 @@ class MosaicRadixCache(RadixCache):
         tier = self._memory.host.tier
         held = tier.held(keys)
         if not self._pays.enough(held):
+            tier.counters.recomputed += held
             return
         budget_s = self._pays.budget_s(held, tier.restores.ahead)
         if budget_s is None:
+            tier.counters.recomputed += held
             # Or nothing would be measured again, and none come back for good.
             tier.restores.probe(keys[:held])
         else:

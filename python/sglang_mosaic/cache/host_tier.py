@@ -6,7 +6,6 @@ Nothing here waits. What finds no room is dropped and counted: its tokens are co
 from __future__ import annotations
 
 import dataclasses
-import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 
@@ -18,10 +17,6 @@ from sglang_mosaic.cache.restores import Restores
 from sglang_mosaic.manager.client import Lookup, ManagerClient, Status, Ticket
 from sglang_mosaic.wire.buffers import Buffers
 
-PUTTING, MOST_PUTTING = 0.1, 0.5
-"""Share of the time between two polls that handing pages to the manager may take while few wait, and when there is no
-room for more: it is taken from the steps, and a page that is dropped is computed again, with all that follow it."""
-
 
 @dataclasses.dataclass
 class HostCounters:
@@ -31,6 +26,8 @@ class HostCounters:
     dropped: int = 0
     """Of the offered: nothing had room for them."""
     restored: int = 0
+    recomputed: int = 0
+    """Not asked for: computing them takes no longer than bringing them back."""
     missed: int = 0
     """Asked for and not restored: lost, damaged, unreadable, late, or without room in the pool."""
 
@@ -66,7 +63,6 @@ class HostTier:
         self._calibration: Ticket | None = None
         self._calibrated: bytes | None = None
         self._failed = False
-        self._polled = time.monotonic()
 
     # Out.
 
@@ -135,11 +131,7 @@ class HostTier:
             if key not in self._outbox:
                 self._outbox[key] = page
                 self._outbox_bytes += len(page.data)
-        start = time.monotonic()
-        completions = self._client.poll()
-        if came := sum(completion.seconds > 0 for completion in completions):
-            self.restores.rate.received(came, time.monotonic() - start)
-        for completion in completions:
+        for completion in self._client.poll():
             if completion.ticket == self._calibration:
                 self._calibration = None
                 self._failed = completion.status is not Status.OK
@@ -150,18 +142,11 @@ class HostTier:
         self._put()
 
     def _put(self) -> None:
-        """Hand pages to the manager, one at least and as many as there is time for."""
-        now = time.monotonic()
-        share = PUTTING + (MOST_PUTTING - PUTTING) * min(self._waiting_bytes / self._most_bytes, 1.0)
-        until = now + share * (now - self._polled)
-        self._polled = now
-        # Restores have the other half of the slots.
+        """Hand pages to the manager. Restores have the other half of the slots."""
         while self._outbox and self._client.connected and self._client.room > self._spare_slots:
             key, page = self._outbox.popitem(last=False)
             self._outbox_bytes -= len(page.data)
             self.counters.dropped += not self._client.put(key, meta_of(page), page.data)
-            if time.monotonic() > until:
-                break
 
     def stats(self) -> dict[str, object]:
         """Counters and gauges, JSON-serialisable."""
@@ -170,6 +155,7 @@ class HostTier:
             "outbox_pages": len(self._outbox),
             "outbox_bytes": self._waiting_bytes,
             "restores_waiting": self.restores.waiting,
+            "restore_page_seconds": self.restores.rate(),
             **self._client.stats(),
         }
 

@@ -49,7 +49,14 @@ class HostTraffic:
 
     def valid(self, pages: Sequence[HostPage]) -> int:
         """How many of these pages, from the first on, hold what they should."""
-        return next((i for i, page in enumerate(pages) if not self._holds_page(page)), len(pages))
+        count = 0
+        for epoch, run in itertools.groupby(pages, lambda page: page.epoch):
+            alike = list(run)
+            valid = self._valid_of(epoch, alike)
+            count += valid
+            if valid < len(alike):
+                break
+        return count
 
     def missing_frames(self, pages: Sequence[HostPage]) -> int:
         """Mosaic frames that these pages need and that are not free."""
@@ -130,13 +137,14 @@ class HostTraffic:
             rows, hash_ = torch.cat([parts[layer] for layer in range(layers)], 1), current.hash
         self.tier.keep([Label(copy.key, hash_, copy.position) for copy in copies], rows)
 
-    def _holds_page(self, page: HostPage) -> bool:
-        """Whether the bytes have the right number and the formats that the epoch has."""
-        if not page.epoch:
-            return len(page.data) == self._memory.plan.frame_bytes.dense
-        epochs = self._memory.epochs
-        number = epochs.number(page.epoch)
-        if number is None:
-            return False
-        epoch = planes_of(epochs[number])
-        return len(page.data) == epoch.frame_bytes and epoch.admit(host_bytes(page.data)[None])
+    def _valid_of(self, hash_: str, pages: list[HostPage]) -> int:
+        """The same of pages of one epoch: bytes of the right number, and formats that the epoch has."""
+        frame_bytes, number = self._memory.plan.frame_bytes.dense, None
+        if hash_:
+            number = self._memory.epochs.number(hash_)
+            if number is None:
+                return 0
+            epoch = planes_of(self._memory.epochs[number])
+            frame_bytes = epoch.frame_bytes
+        whole = list(itertools.takewhile(lambda data: len(data) == frame_bytes, (page.data for page in pages)))
+        return len(whole) if number is None or not whole else epoch.admit(whole)

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import statistics
 from collections import deque
 
 WINDOW = 64
 """Newest pages that count."""
-OUTLIERS = 8
-"""One in so many of them does not, the slowest: a calibration or a busy system held up one page, not all to come."""
 
 
 class RestoreRate:
-    """Mean over the newest pages. What is counted is work, by those who do it: neither the turns of a scheduler that
-    looks late for what has arrived, nor time in which nobody asked for anything."""
+    """Of the manager, which gives pages, and the server, which takes them, the slower one: they work at the same time.
+    For each, the median of the newest pages: a calibration or a busy system that held up some of them, not all to
+    come, must not keep the others from being asked for.
+
+    What is counted is work, by those who do it: neither the turns of a scheduler that looks late for what has arrived,
+    nor time in which nobody asked for anything.
+    """
 
     def __init__(self) -> None:
         self._manager: deque[float] = deque(maxlen=WINDOW)
@@ -20,19 +24,12 @@ class RestoreRate:
 
     def __call__(self) -> float | None:
         """Seconds a page; None: none has come yet."""
-        if not self._manager:
-            return None
-        return _mean(self._manager) + (_mean(self._own) if self._own else 0.0)
+        return max((statistics.median(who) for who in (self._manager, self._own) if who), default=None)
 
     def answered(self, seconds: float) -> None:
         """The manager took so long for a page."""
         self._manager.append(seconds)
 
-    def received(self, pages: int, seconds: float) -> None:
-        """The server took so long to copy and check pages that were there."""
-        self._own.extend([seconds / pages] * pages)
-
-
-def _mean(seconds: deque[float]) -> float:
-    usual = sorted(seconds)[: len(seconds) - len(seconds) // OUTLIERS]
-    return sum(usual) / len(usual)
+    def received(self, seconds: float) -> None:
+        """The server took so long to copy and check a page that was there."""
+        self._own.append(seconds)

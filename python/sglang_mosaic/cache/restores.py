@@ -173,6 +173,7 @@ class Restores:
         ok = completion.status is Status.OK
         if ok and (completion.ticket in self._pages or completion.ticket in self._probes):
             self.rate.answered(completion.seconds)
+            self.rate.received(completion.copy_seconds)
         self._probes.discard(completion.ticket)
         if completion.ticket in self._epochs:
             hash_ = self._epochs.pop(completion.ticket)

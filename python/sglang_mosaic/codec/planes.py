@@ -9,9 +9,10 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 from mosaic_kernels.constants import constant
@@ -55,7 +56,7 @@ class PlanesEpoch(Epoch):
         ]
         self._headers = [start + FORMAT for start, _ in segments]
         """In a frame, of every layer and head."""
-        self._format_counts = torch.tensor([len(formats) for _, formats in segments])
+        self._format_counts = np.array([len(formats) for _, formats in segments])
         self._has_rare = any(rare_kind(fmt) for _, formats in segments for fmt in formats)
         self.rare: frozenset[str] = frozenset()
         """`rare_kind` of what segments encoded so far have. Kernels are compiled without what no segment has."""
@@ -177,21 +178,24 @@ class PlanesEpoch(Epoch):
             means[rows, h] = strategies.mean_values(fmt, segments)
         return means
 
-    def admit(self, frames: torch.Tensor) -> bool:
-        """Whether whole frames from elsewhere are of this epoch, by the formats that their headers name.
+    def admit(self, frames: Sequence[bytes | memoryview]) -> int:
+        """How many whole frames from elsewhere, from the first on, are of this epoch, by the formats that their headers
+        name.
 
         Args:
-            frames: uint8 [P, frame_bytes], in host memory.
+            frames: of frame_bytes each.
         """
-        numbers = frames[:, self._headers]
-        if (numbers >= self._format_counts).any():
-            return False
-        if self._has_rare:
-            for segment, found in enumerate(numbers.T.tolist()):
+        # Not the frames side by side, which would be megabytes each.
+        headers = np.array(self._headers)
+        numbers = np.stack([np.frombuffer(frame, np.uint8)[headers] for frame in frames])
+        foreign = (numbers >= self._format_counts).any(1)
+        count = int(foreign.argmax()) if foreign.any() else len(frames)
+        if self._has_rare and count:
+            for segment, found in enumerate(numbers[:count].T.tolist()):
                 layer, h = divmod(segment, len(self.layers[0].heads))
                 formats = self.layers[layer].heads[h].formats
                 self.rare |= rare_kinds(formats[number] for number in set(found))
-        return True
+        return count
 
     def _stored(self, layer: int, data: torch.Tensor) -> Iterator[tuple[int, Format, torch.Tensor, torch.Tensor]]:
         """Head, format, pages and bytes of the segments of each head and format.

@@ -22,6 +22,7 @@ def main(argv: list[str]) -> int:
         be_polite(options.nice)
         ipc_directory.check(socket.parent)
         slots = SlotMemory(fd, options.slots, options.slot_bytes)
+        slots.touch(options.usual_bytes)
         serve(parent, socket, slots, options)
     except MosaicError as error:
         print(f"sglang_mosaic manager: {error}", file=sys.stderr)

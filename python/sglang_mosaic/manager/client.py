@@ -46,6 +46,8 @@ class Completion:
     seconds: float = 0.0
     """With OK: what the manager took for a record, from the question or, if that was later, from its answer before; by
     its own word, so that it does not matter when `poll` was called."""
+    copy_seconds: float = 0.0
+    """The same of this side, which copies and checks what the manager gives, many at a time."""
 
 
 @dataclasses.dataclass
@@ -76,7 +78,7 @@ class ClientCounters:
 class ManagerClient(ABC):
     """One server's view. Not for use from two threads.
 
-    No method but `close` waits for the manager: each takes microseconds, plus copying where there are bytes to copy.
+    No method but `close` waits for the manager: each takes microseconds, and `poll` as long as copying what has come.
     The manager may be absent, dead, stopped or lying at any time; the worst that follows is a miss.
     """
 
@@ -92,12 +94,12 @@ class ManagerClient(ABC):
 
     @abstractmethod
     def put(self, key: bytes, meta: Meta, data: bytes | memoryview) -> bool:
-        """Hand over an evicted page; its bytes are copied before this returns.
+        """Hand over an evicted page.
 
         Args:
             key: 16 bytes (keys.page_keys).
             meta: kind PAGE.
-            data: the frame, at most `slot_bytes` of the options.
+            data: the frame, at most `slot_bytes` of the options; not to be written to any more.
 
         Returns:
             False: dropped, and counted, as nothing may wait for room.

@@ -40,11 +40,13 @@ class InProcessClient(SlottedClient):
 
     def close(self) -> None:
         if self._service is not None:
+            self._send_writes(all_=True)
             while self._service.work(flush=True):
                 pass
             self._service.close()
             self._service = None
             self._drop_outstanding()
+            self._end_threads()
             self._memory.close()
 
     def _send(self, data: bytes) -> bool:

@@ -16,6 +16,8 @@ class ManagerOptions:
     """Largest page, in bytes."""
     slots: int = 16
     """Payloads under way at a time, in both directions together."""
+    usual_bytes: int = 0
+    """Bytes of a slot that most payloads fill: there from the start, and the others once somebody writes to them."""
     host_bytes: int = 1 << 30
     """Most bytes of records in host memory."""
     host_raw_bytes: int = 0
@@ -56,7 +58,7 @@ class ManagerOptions:
         for name in ("slot_bytes", "host_bytes", "disk_bytes", "calibration_threads"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}: got {getattr(self, name)}, give at least 1.")
-        for name in ("host_raw_bytes", "nice"):
+        for name in ("usual_bytes", "host_raw_bytes", "nice"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name}: got {getattr(self, name)}, give 0 or more.")
         if self.slots < 2:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from concurrent.futures import Future
 
 from sglang_mosaic.manager.client import Ticket
 from sglang_mosaic.manager.store.record import RecordId
-from sglang_mosaic.wire.messages import Meta, Slot
+from sglang_mosaic.wire.messages import Fetched, Meta, Payload, Slot
 
 
 @dataclasses.dataclass
@@ -15,7 +16,15 @@ class PutUnderWay:
     """A payload on its way to the manager."""
 
     record: RecordId
+    meta: Meta
+    offset: int
+    """Of a part."""
+    total: int
+    """Bytes of the record."""
+    holder: int
+    """Who has the slot, for the allocator; the message's ticket is a later one."""
     slot: Slot
+    written: Future[Payload]
     upload: Upload | None = None
 
 
@@ -42,10 +51,23 @@ class FetchUnderWay:
     asked: float = dataclasses.field(default_factory=time.monotonic)
     seconds: float = 0.0
     """As of `Completion.seconds`, of the parts that are here."""
+    copy_seconds: float = 0.0
     parts: bytearray = dataclasses.field(default_factory=bytearray)
     total: int | None = None
     meta: Meta | None = None
     """Of the first part; later ones must have the same."""
+
+
+@dataclasses.dataclass
+class Reading:
+    """A payload on its way from a slot to memory of this side."""
+
+    fetch: FetchUnderWay
+    reply: Fetched
+    data: memoryview
+    done: Future[None]
+    """WireError: it is not what was meant."""
+    began: float = dataclasses.field(default_factory=time.monotonic)
 
 
 @dataclasses.dataclass

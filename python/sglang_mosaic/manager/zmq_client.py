@@ -95,11 +95,13 @@ class ZmqClient(SlottedClient):
         if self._closed:
             return
         self._closed = True
+        self._send_writes(all_=True)
         if self.link is Link.UP and self._post(wire.Goodbye(ticket=next(self._numbers))):
             self._supervisor.end(self.options.close_s)
         self._supervisor.end(0)
         self._drop_outstanding()
         self.link = Link.DOWN
+        self._end_threads()
         self._disconnect()
         self._context.term()
         self._memory.close()

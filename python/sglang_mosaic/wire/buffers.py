@@ -11,6 +11,9 @@ from collections.abc import Callable
 
 import numpy as np
 
+ARENA_BYTES = 1 << 30
+"""Prepared at a time: what gives pinned memory rounds it up to a power of two."""
+
 Allocate = Callable[[int], np.ndarray]
 """New memory, uint8 [bytes]."""
 
@@ -35,10 +38,11 @@ class Buffers:
         self._free_bytes = 0
 
     def prepare(self, size: int) -> None:
-        """Have as many buffers of a size as may be kept, from the start: one large piece of memory, cut up."""
-        arena = self._allocate(self._most_bytes // size * size)
-        for buffer in arena.reshape(-1, size):
-            self._give_back(buffer)
+        """Have as many buffers of a size as may be kept, from the start: large pieces of memory, cut up."""
+        at_once = max(ARENA_BYTES // size, 1)
+        for count in range((self._most_bytes - self._free_bytes) // size, 0, -at_once):
+            for buffer in self._allocate(min(count, at_once) * size).reshape(-1, size):
+                self._give_back(buffer)
 
     @property
     def free_bytes(self) -> int:

@@ -12,9 +12,9 @@ import fcntl
 import mmap
 import os
 
+import numpy as np
 import xxhash
 
-from sglang_mosaic.wire.buffers import Buffers
 from sglang_mosaic.wire.messages import Payload, Slot, WireError
 
 
@@ -54,8 +54,14 @@ class SlotMemory:
         fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
         return cls(fd, slots, least_bytes)
 
+    def touch(self, nbytes: int) -> None:
+        """Have the system give the first so many bytes of every slot, and map them for this process: finding, clearing
+        and mapping memory takes several times as long as filling it. What is in them stays."""
+        for start in range(0, self.slots * self.slot_bytes, self.slot_bytes):
+            self._map[start : start + min(nbytes, self.slot_bytes) : mmap.PAGESIZE]
+
     def write(self, slot: Slot, key: bytes, data: bytes | memoryview, known: int | None = None) -> Payload:
-        """Put bytes into a slot.
+        """Put bytes into a slot. Other threads run meanwhile.
 
         Args:
             known: their `checksum`; None: compute it.
@@ -64,7 +70,7 @@ class SlotMemory:
             WireError: there is no such slot, or they do not fit.
         """
         start = self._start(slot, len(data))
-        self._map[start : start + len(data)] = data
+        np.copyto(self._bytes(start, len(data)), np.frombuffer(data, np.uint8))
         return Payload(slot, len(data), checksum(key, data) if known is None else known)
 
     def read(self, payload: Payload, key: bytes) -> bytes:
@@ -78,14 +84,13 @@ class SlotMemory:
         self._check(payload, key, data)
         return data
 
-    def read_into(self, payload: Payload, key: bytes, buffers: Buffers) -> memoryview:
-        """The same, the copy in one of the buffers."""
-        start = self._start(payload.slot, payload.length)
-        data = buffers.take(payload.length)
-        with memoryview(self._map) as shared:
-            data[:] = shared[start : start + payload.length]
+    def read_into(self, payload: Payload, key: bytes, data: memoryview) -> None:
+        """The same, the copy where the caller wants it. Other threads run meanwhile."""
+        np.copyto(np.frombuffer(data, np.uint8), self._bytes(self._start(payload.slot, payload.length), payload.length))
         self._check(payload, key, data)
-        return data
+
+    def _bytes(self, start: int, length: int) -> np.ndarray:
+        return np.frombuffer(self._map, np.uint8, length, start)
 
     def _check(self, payload: Payload, key: bytes, data: bytes | memoryview) -> None:
         if checksum(key, data) != payload.checksum:
