@@ -8,6 +8,7 @@ from collections import deque
 import zmq
 
 from manager_cases import frames
+from sglang_mosaic.manager.arrivals import Arrivals
 from sglang_mosaic.manager.options import ManagerOptions
 from sglang_mosaic.manager.process import _Loop
 from sglang_mosaic.manager.service import Service
@@ -59,7 +60,8 @@ def test_a_page_that_somebody_waits_for_comes_before_those_that_go() -> None:
     requests = [put(1, 0), put(2, 1), put(3, 2), fetch(4, unknown, 3), wire.Ping(ticket=5), fetch(6, case.keys[1], 4)]
     router = Router([*requests, wire.Goodbye(ticket=7)])
     service = Service(memory, options)
-    _Loop(os.getppid(), router, service, Idle()).run()
+    # Its thread does not run: nothing is taken in but what somebody waits for.
+    _Loop(os.getppid(), router, service, Arrivals(service), Idle()).run()
     answers = [(type(reply), reply.ticket) for reply in router.replies if isinstance(reply, wire.Fetched | wire.Stored)]
     # What asks for a page that is on its way waits for it; nothing is lost at the end.
     assert answers == [(wire.Fetched, 4), (wire.Stored, 1), (wire.Stored, 2), (wire.Fetched, 6), (wire.Stored, 3)]

@@ -1,4 +1,4 @@
-"""The manager's loop: one thread answers, one works in the background."""
+"""The manager's loop: one thread answers, one takes pages in (arrivals.py), one works in the background."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 
 import zmq
 
+from sglang_mosaic.manager.arrivals import Arrivals
 from sglang_mosaic.manager.child import has_parent
 from sglang_mosaic.manager.options import ManagerOptions
 from sglang_mosaic.manager.reserve import Reserve
@@ -39,6 +40,7 @@ def serve(parent: int, socket: Path, slots: SlotMemory, options: ManagerOptions)
     # The owner's terminal sends it to both; the owner says goodbye.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     service = Service(slots, options)
+    arrivals = Arrivals(service)
     background = _Background(service, Reserve(options.host_bytes))
     context = zmq.Context()
     try:
@@ -48,40 +50,41 @@ def serve(parent: int, socket: Path, slots: SlotMemory, options: ManagerOptions)
             router.setsockopt(zmq.MAXMSGSIZE, wire.MOST_BYTES)
             router.bind(f"ipc://{socket}")
             background.start()
-            _Loop(parent, router, service, background).run()
+            arrivals.start()
+            _Loop(parent, router, service, arrivals, background).run()
         background.stop()
         deadline = time.monotonic() + options.close_s * 0.8
         while time.monotonic() < deadline and service.work(flush=True):
             pass
     finally:
+        arrivals.stop()
         background.stop()
         service.close()
         context.term()
 
 
 class _Loop:
-    def __init__(self, parent: int, router: zmq.Socket[bytes], service: Service, background: _Background) -> None:
+    def __init__(
+        self, parent: int, router: zmq.Socket[bytes], service: Service, arrivals: Arrivals, background: _Background
+    ) -> None:
         self._parent = parent
         self._router = router
         self._service = service
+        self._arrivals = arrivals
         self._background = background
         self._owner: bytes | None = None
         self._replies: deque[bytes] = deque()
-        self._puts: deque[wire.Put] = deque()
-        """That wait: somebody waits for a page that comes back, nobody for one that goes."""
 
     def run(self) -> None:
         while not self._service.leaving and has_parent(self._parent):
+            self._arrivals.check()
             self._background.check()
-            if not self._puts:
-                busy = bool(self._replies) or self._service.busy
-                self._router.poll(BUSY_MS if busy else QUIET_MS)
+            busy = bool(self._replies) or self._arrivals.busy or self._service.busy
+            self._router.poll(BUSY_MS if busy else QUIET_MS)
             # All messages before anything else: a restore must not wait behind a report.
             while len(self._replies) < MOST_WAITING and self._take():
                 self._flush()
-            if self._puts:
-                self._say(self._service.answer(self._puts.popleft()))
-            self._say(self._service.collect())
+            self._say([*self._service.collect(), *self._arrivals.replies()])
             self._flush()
 
     def _take(self) -> bool:
@@ -97,19 +100,12 @@ class _Loop:
             return True
         request = self._service.receive(parts[0])
         if isinstance(request, wire.Put):
-            self._puts.append(request)
+            self._arrivals.add(request)
         elif request is not None:
-            while self._puts and not self._may_overtake(request):
-                self._say(self._service.answer(self._puts.popleft()))
-            self._say(self._service.answer(request))
+            self._arrivals.settle(request)
+            self._say([*self._arrivals.replies(), *self._service.answer(request)])
         self._background.wake()
         return not self._service.leaving
-
-    def _may_overtake(self, request: wire.Request) -> bool:
-        """Whether a request has the same answer before the puts that wait."""
-        if isinstance(request, wire.Fetch):
-            return all(put.key != request.key for put in self._puts)
-        return isinstance(request, wire.Ping)
 
     def _say(self, replies: list[wire.Reply]) -> None:
         self._replies.extend(wire.encode(reply) for reply in replies)

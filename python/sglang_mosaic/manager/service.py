@@ -1,8 +1,8 @@
 """What the manager does: requests in, replies out. Knows no socket; the process and the in-process client drive it.
 
-`handle` answers everything that a server may wait for: reading payloads, restoring, looking up. `work` is one step of
-what nobody waits for, compressing and writing, for a thread of lower standing. A calibration runs in a process of its
-own. So a restore waits for a share of one core at worst, never for an SVD.
+`answer` answers one request: puts, which nobody waits for, in another thread than all else if there is one (one thread
+each). `work` is one step of what is done besides, compressing and writing, for a third one. A calibration runs in a
+process of its own. So a restore waits for a share of one core at worst, never for an SVD.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Service:
         self._recompressor = Recompressor(options.host_max_error, self._epoch, cold)
         self._calibrator = Calibrator(options.calibration_threads)
         self._uploads: dict[bytes, bytearray] = {}
-        self._statistics: dict[bytes, bytes] = {}
+        self._statistics: dict[bytes, bytes | memoryview] = {}
         self._last_ticket = 0
         self._rescan_s = options.rescan_s
         self._next_scan = time.monotonic() + options.rescan_s
@@ -181,9 +181,11 @@ class Service:
             self._uploads.pop(request.key, None)
         return wire.Stored(ticket=request.ticket, slot=request.payload.slot, accepted=accepted)
 
-    def _receive(self, request: wire.Put, data: bytes) -> bool:
+    def _receive(self, request: wire.Put, data: bytes | memoryview) -> bool:
         """A whole record, or the next part of one."""
         meta = request.meta
+        if meta.kind is not RecordKind.PAGE:
+            data = bytes(data)  # which is read in many ways
         if meta.kind is RecordKind.TRANSFORM or not -1 <= meta.position < 1 << 32:
             raise WireError(f"a record of kind {meta.kind} at {meta.position}")
         if len(meta.epoch) > EPOCH_BYTES or not meta.epoch.isascii() or not 0 <= meta.revision < 1 << 32:
@@ -210,7 +212,7 @@ class Service:
             return True
         return self._keep(request.key, request.meta, data, known)
 
-    def _keep(self, key: bytes, meta: wire.Meta, data: bytes, known: int | None = None) -> bool:
+    def _keep(self, key: bytes, meta: wire.Meta, data: bytes | memoryview, known: int | None = None) -> bool:
         """Store a record, whose checksum may be known; False: it is larger than the store."""
         digest = checksum(key, data) if known is None else known
         if not self.store.put(Record(key, meta, Form.RAW, len(data), digest, data)):
@@ -276,11 +278,11 @@ class Service:
 
     def _epoch(self, hash_: str) -> bytes | None:
         record = self.store.get((RecordKind.EPOCH, epoch_key(hash_)))
-        return None if record is None else record.body
+        return None if record is None else bytes(record.body)
 
     def _transform(self, hash_: str) -> bytes | None:
         record = self.store.get((RecordKind.TRANSFORM, transform_key(hash_)))
-        return None if record is None else record.body
+        return None if record is None else bytes(record.body)
 
     def _gauged(self) -> ManagerMetrics:
         metrics, memory, directory = self.metrics, self.store.memory, self.store.directory

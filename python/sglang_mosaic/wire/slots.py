@@ -73,26 +73,26 @@ class SlotMemory:
         np.copyto(self._bytes(start, len(data)), np.frombuffer(data, np.uint8))
         return Payload(slot, len(data), checksum(key, data) if known is None else known)
 
-    def read(self, payload: Payload, key: bytes) -> bytes:
-        """A copy of the bytes of a payload.
+    def read(self, payload: Payload, key: bytes) -> memoryview:
+        """A copy of the bytes of a payload. Other threads run meanwhile.
 
         Raises:
             WireError: there is no such slot, or the bytes are not those that were meant.
         """
-        start = self._start(payload.slot, payload.length)
-        data = self._map[start : start + payload.length]
-        self._check(payload, key, data)
+        self._start(payload.slot, payload.length)  # before there is memory for so much
+        data = np.empty(payload.length, np.uint8).data
+        self.read_into(payload, key, data)
         return data
 
     def read_into(self, payload: Payload, key: bytes, data: memoryview) -> None:
-        """The same, the copy where the caller wants it. Other threads run meanwhile."""
+        """The same, the copy where the caller wants it."""
         np.copyto(np.frombuffer(data, np.uint8), self._bytes(self._start(payload.slot, payload.length), payload.length))
         self._check(payload, key, data)
 
     def _bytes(self, start: int, length: int) -> np.ndarray:
         return np.frombuffer(self._map, np.uint8, length, start)
 
-    def _check(self, payload: Payload, key: bytes, data: bytes | memoryview) -> None:
+    def _check(self, payload: Payload, key: bytes, data: memoryview) -> None:
         if checksum(key, data) != payload.checksum:
             raise WireError(f"the bytes in slot {payload.slot.index} do not match their checksum")
 

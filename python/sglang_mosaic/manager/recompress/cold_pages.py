@@ -78,7 +78,7 @@ class ColdPages:
         """Whether the record is a page whose transform is known."""
         return self.codes and self._can_place(record) and self._codec(record.meta.epoch) is not None
 
-    def compress(self, record: Record, frame: bytes) -> Record | None:
+    def compress(self, record: Record, frame: bytes | memoryview) -> Record | None:
         """A smaller record, verified by restoring it; None: the limit allows none.
 
         Args:
@@ -104,7 +104,7 @@ class ColdPages:
         codec = self._codec(record.meta.epoch)
         if codec is None:
             raise FrameError(f"the transform of epoch {record.meta.epoch!r} is unknown")
-        return codec.unpack(record.body, record.meta.position).tobytes()
+        return codec.unpack(bytes(record.body), record.meta.position).tobytes()
 
     def _can_place(self, record: Record) -> bool:
         known = record.meta.position >= 0 or not self._rope.channels

@@ -56,7 +56,7 @@ class Recompressor:
             return None
         return smaller(record, Form.PACKED, packed, codec.unpack(packed.data))
 
-    def restore(self, record: Record) -> bytes:
+    def restore(self, record: Record) -> bytes | memoryview:
         """The record's own bytes, verified.
 
         Raises:
@@ -69,7 +69,7 @@ class Recompressor:
             codec = self._codec(record.meta.epoch)
             if codec is None:
                 raise FrameError(f"epoch {record.meta.epoch!r} is unknown")
-            data = codec.unpack(data).tobytes()
+            data = codec.unpack(bytes(data)).tobytes()
         if len(data) != record.length or checksum(record.key, data) != record.checksum:
             raise FrameError("a restored record does not match its checksum")
         return data

@@ -49,7 +49,7 @@ class Record:
     """Bytes that restoring gives."""
     checksum: int
     """Of these, as the wire has it (slots.checksum)."""
-    body: bytes
+    body: bytes | memoryview
 
     @property
     def id(self) -> RecordId:
@@ -77,7 +77,7 @@ class Record:
             len(self.body),
             xxhash.xxh3_64_intdigest(self.body),
         )
-        return header + _CHECKSUM.pack(xxhash.xxh3_64_intdigest(header)) + self.body
+        return b"".join((header, _CHECKSUM.pack(xxhash.xxh3_64_intdigest(header)), self.body))
 
     @classmethod
     def from_bytes(cls, data: bytes, wanted: RecordId) -> Record:
