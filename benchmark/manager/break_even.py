@@ -43,6 +43,7 @@ SERVER_ARGS = (
     "--mosaic-refresh-pages 0 --max-total-tokens 2048"
 )
 COLUMNS = ("tokens", "prompts", "computed_ms", "restored_ms", "ratio", "restored_share")
+COUNTERS = ("offered", "dropped", "restored", "recomputed", "missed", "restore_page_seconds")
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -153,7 +154,7 @@ def main(argv: list[str] | None = None) -> int:
     least = break_even(rows)
     print(format_table(COLUMNS, [[row[name] for name in COLUMNS] for row in rows]))
     print(f"restoring is faster from {least} tokens on" if least else "restoring is faster at no length")
-    counters = {name: host[name] for name in ("offered", "dropped", "restored", "recomputed", "missed", "restore_page_seconds")}
+    counters = {name: host[name] for name in COUNTERS}
     write_report("break_even", args, load, rows=rows, break_even_tokens=least, host=counters)
     if args.png:
         write_png(args.png, draw(rows))
