@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
 from mosaic_kernels.attend import reference
 from mosaic_kernels.attend.launch import attend, attend_causally
+from mosaic_kernels.attend.ragged import RaggedAttention
 from triton_device import DEVICE
 
 SCALE = 0.1
@@ -77,15 +80,63 @@ def test_shapes_that_do_not_fit_are_refused() -> None:
 @pytest.mark.parametrize("contexts", [[(3, 3)], [(1, 1), (70, 70), (5, 300)], [(64, 129), (1, 40), (9, 9)]], ids=str)
 @pytest.mark.parametrize(("heads", "group", "dim"), [(2, 3, 64), (1, 8, 128)])
 def test_new_tokens_of_several_contexts(contexts, heads, group, dim) -> None:
-    parts = [tensors(new, tokens, heads, group, dim, torch.bfloat16, i) for i, (new, tokens) in enumerate(contexts)]
+    news, alls = zip(*contexts, strict=True)
+    q, k, v, wanted = joined(contexts, heads, group, dim)
+    starts = (x.to(DEVICE) for x in starts_of(contexts))
+    assert_all_close(attend_causally(q, k, v, *starts, max(news), max(alls), SCALE), wanted)
+
+
+def joined(contexts, heads, group, dim, dtype=torch.bfloat16):
+    """Queries, keys and values of several contexts (new tokens, all tokens), and what the reference makes of them."""
+    parts = [tensors(new, tokens, heads, group, dim, dtype, i) for i, (new, tokens) in enumerate(contexts)]
     wanted = [
         reference.attend(q, k, v, SCALE, tokens - new) for (q, k, v), (new, tokens) in zip(parts, contexts, strict=True)
     ]
-    news, alls = zip(*contexts, strict=True)
-    starts = (torch.tensor([0, *x]).cumsum(0, dtype=torch.int32).to(DEVICE) for x in (news, alls))
     q = torch.cat([q for q, *_ in parts])
     k, v = (torch.cat([part[i].transpose(0, 1) for part in parts]) for i in (1, 2))
-    out, lse = attend_causally(q, k, v, *starts, max(news), max(alls), SCALE)
-    assert out.dtype == torch.bfloat16
-    torch.testing.assert_close(out.float(), torch.cat([one for one, _ in wanted]), rtol=0.02, atol=0.02)
-    torch.testing.assert_close(lse, torch.cat([one for _, one in wanted]), rtol=0, atol=1e-3)
+    return q, k, v, tuple(map(torch.cat, zip(*wanted, strict=True)))
+
+
+def starts_of(contexts):
+    return tuple(torch.tensor([0, *itertools.accumulate(x)], dtype=torch.int32) for x in zip(*contexts, strict=True))
+
+
+def assert_all_close(found, wanted, dtype=torch.bfloat16):
+    assert found[0].dtype == dtype and found[1].dtype == torch.float32
+    torch.testing.assert_close(found[0].float(), wanted[0], rtol=0.02, atol=0.02)
+    torch.testing.assert_close(found[1], wanted[1], rtol=0, atol=1e-3)
+
+
+needs_flashinfer = pytest.mark.skipif(DEVICE == "cpu", reason="FlashInfer needs a GPU")
+
+
+@needs_flashinfer
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize(("heads", "group"), [(2, 7), (8, 4), (3, 1)])
+def test_flashinfer_gives_the_same(heads, group, dim) -> None:
+    ragged = RaggedAttention(torch.device(DEVICE), heads * group, heads, dim)
+    many = 2 * 128 * 200 // (heads * group)
+    for contexts in ([(1, 1)], [(70, 9000)], [(64, 129), (1, 40), (9, 9)], [(many, many + 300), (5, 3000), (7, 7)]):
+        assert ragged.fills(sum(new for new, _ in contexts)) == (contexts[0][0] == many)
+        q, k, v, wanted = joined(contexts, heads, group, dim)
+        starts = starts_of(contexts)
+        for scale in (2 * SCALE, SCALE):  # planned anew for another one
+            found = ragged.attend_causally(q, k, v, starts, scale)
+        assert_all_close(found, wanted)
+        assert torch.equal(ragged.attend_causally(q, k, v, starts, SCALE)[0], found[0])
+
+
+@needs_flashinfer
+@pytest.mark.parametrize("tokens", [3, 5000])
+def test_flashinfer_reads_decoded_pages(tokens) -> None:
+    ragged = RaggedAttention(torch.device(DEVICE), 32, 8, 128)
+    q, k, v = tensors(tokens, 2300, 8, 4, 128, torch.float16)
+    assert_all_close(ragged.attend(q, k, v, SCALE), reference.attend(q, k, v, SCALE), torch.float16)
+
+
+def test_only_what_flashinfer_has_kernels_for() -> None:
+    gpu, cpu = torch.device("cuda"), torch.device("cpu")
+    assert RaggedAttention.can(gpu, torch.bfloat16, 128, 128) and RaggedAttention.can(gpu, torch.float16, 64, 64)
+    for device, dtype, dims in ((cpu, torch.bfloat16, (128, 128)), (gpu, torch.float32, (64, 64)),
+                                (gpu, torch.bfloat16, (80, 80)), (gpu, torch.bfloat16, (128, 64))):  # fmt: skip
+        assert not RaggedAttention.can(device, dtype, *dims)

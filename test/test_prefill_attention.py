@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from mosaic_kernels.attend import launch
 from sglang_mosaic.cache import prefill_attention as module
 from sglang_mosaic.cache.memory import PageMemory
 from sglang_mosaic.cache.mixed_attention import MixedAttention
@@ -103,3 +104,39 @@ def test_new_prompts_are_planned_without_a_look_at_the_pool(memory, given):
     found = PrefillAttention(memory, SegmentTables(memory), rows, [44, 44], [44, 44]).run(0, queries(88), *new, SCALE)
     _, wanted = both(memory, sequences)
     assert relative(found, wanted) < 4e-3
+
+
+class Elsewhere:
+    """Stands for FlashInfer's attention, which no CPU has: the same by torch, and counted."""
+
+    def __init__(self) -> None:
+        self.called: list[tuple[str, int]] = []
+
+    def attend_causally(self, q, k, v, starts, scale):
+        self.called.append(("causally", len(q)))
+        most = (int(x.diff().max()) for x in starts)
+        return launch.attend_causally(q, k, v, *(x.to(DEVICE) for x in starts), *most, scale)
+
+    def attend(self, q, k, v, scale):
+        self.called.append(("all", len(q)))
+        return launch.attend(q, k, v, scale)
+
+
+def test_another_attention_of_new_tokens_is_given_all_of_them(memory):
+    sequences = requests(memory, (SHORT, 3), ([20, 21], 2), ([*SHORT[:-1], 21], 5))
+    q, elsewhere = queries(10).bfloat16(), Elsewhere()
+    plan = PrefillAttention.of(memory, SegmentTables(memory), sequences, elsewhere)
+    found = plan.run(0, q, None, None, SCALE)
+    wanted = PrefillAttention.of(memory, SegmentTables(memory), sequences).run(0, q, None, None, SCALE)
+    assert torch.equal(found, wanted)
+    assert elsewhere.called[0] == ("causally", 10)
+    assert {name for name, _ in elsewhere.called[1:]} == {"all"}
+
+
+@pytest.mark.parametrize(("dtype", "rows"), [(torch.float32, 10), (torch.bfloat16, 12)], ids=["float32", "padded"])
+def test_queries_that_it_cannot_take_stay_here(memory, dtype, rows):
+    sequences = requests(memory, (SHORT, 3), ([20, 21], 7))
+    q, elsewhere = queries(rows).to(dtype), Elsewhere()
+    found = PrefillAttention.of(memory, SegmentTables(memory), sequences, elsewhere).run(0, q, None, None, SCALE)
+    alone = PrefillAttention.of(memory, SegmentTables(memory), sequences).run(0, q[:10], None, None, SCALE)
+    assert not elsewhere.called and torch.equal(found[:10], alone)

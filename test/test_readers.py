@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from mosaic_kernels.attend.ragged import RaggedAttention
 from mosaic_kernels.segment_table import kernels_can
+from sglang_mosaic.cache import readers as module
 from sglang_mosaic.cache.mixed_attention import MixedAttention
 from sglang_mosaic.cache.readers import Readers
 from test_mixed_attention import GROUP, sequence
@@ -24,3 +26,12 @@ def test_a_pool_without_a_gpu_is_read_by_the_reference():
 )
 def test_heads_that_kernels_can_read(dims, can):
     assert kernels_can(*dims) == can
+
+
+def test_where_flashinfer_does_not_run_torch_attends(monkeypatch, caplog):
+    """Here it is the GPU that lacks."""
+    memory = make_memory(1)
+    assert module._flash(memory, GROUP) is None and not caplog.records
+    monkeypatch.setattr(RaggedAttention, "can", staticmethod(lambda *_: True))
+    assert module._flash(memory, GROUP) is None
+    assert "FlashInfer cannot attend new tokens here" in caplog.text

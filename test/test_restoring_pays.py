@@ -18,19 +18,29 @@ RATE = 6400.0
 """Tokens per second: 10 ms a page."""
 
 
-def pays(page_s: float | None, rate: float | None = RATE) -> RestoringPays:
-    return RestoringPays(256, lambda: rate, lambda: page_s)
+def pays(page_s: float | None, rate: float | None = RATE, compressed_s: float = 0.0) -> RestoringPays:
+    return RestoringPays(256, lambda: rate, lambda: page_s, lambda: compressed_s)
 
 
 def test_restoring_pays_where_it_is_faster() -> None:
     assert not pays(None).enough(3) and pays(None).enough(4)
-    assert pays(None, rate=None).budget_s(4, ahead=0) == UNKNOWN_S
-    assert pays(None).budget_s(4, ahead=1000) == pytest.approx(0.04)
-    assert pays(0.009).budget_s(64, ahead=0) == pytest.approx(0.64)
-    assert pays(0.011).budget_s(64, ahead=0) is None
+    assert pays(None, rate=None).budget_s(4, ahead=0, at=0) == UNKNOWN_S
+    assert pays(None).budget_s(4, ahead=1000, at=0) == pytest.approx(0.04)
+    assert pays(0.009).budget_s(64, ahead=0, at=0) == pytest.approx(0.64)
+    assert pays(0.011).budget_s(64, ahead=0, at=0) is None
     # Those ahead come first.
-    assert pays(0.005).budget_s(64, ahead=64) == pytest.approx(0.64)
-    assert pays(0.005).budget_s(64, ahead=65) is None
+    assert pays(0.005).budget_s(64, ahead=64, at=0) == pytest.approx(0.64)
+    assert pays(0.005).budget_s(64, ahead=65, at=0) is None
+
+
+def test_reading_compressed_pages_takes_time_of_its_own() -> None:
+    """8 pages take 80 ms to compute and 40 to bring back."""
+    assert pays(0.005, compressed_s=0.03).budget_s(8, ahead=0, at=0) == pytest.approx(0.05)
+    assert pays(0.005, compressed_s=0.05).budget_s(8, ahead=0, at=0) is None
+    # They will be read anyway where some are there, and do not matter to many.
+    assert pays(0.005, compressed_s=0.05).budget_s(8, ahead=0, at=1) == pytest.approx(0.08)
+    assert pays(0.005, compressed_s=0.05).budget_s(64, ahead=0, at=0) == pytest.approx(0.59)
+    assert pays(None, compressed_s=0.09).budget_s(8, ahead=0, at=0) is None
 
 
 def test_one_page_that_was_held_up_does_not_end_restoring() -> None:
@@ -97,11 +107,34 @@ def test_long_prefills_decide_the_rate() -> None:
     rate, device = PrefillRate(), torch.device("cpu")
     assert rate() is None
     now = time.perf_counter()
-    rate.stop(now - 0.001, 63)
+    rate.stop(now - 0.001, 63, False)
     assert rate() is None
-    rate.stop(now - 1.0, 8000)
+    rate.stop(now - 1.0, 8000, False)
     for _ in range(3):
-        rate.stop(time.perf_counter() - 0.1, 64)
+        rate.stop(time.perf_counter() - 0.1, 64, False)
     # By their mean it would be below 4,000.
     assert 4000 < rate() < 8000
     assert isinstance(rate.start(device), float)
+
+
+def test_what_compressed_pages_add_is_seen_in_the_shortest_forwards() -> None:
+    rate = PrefillRate()
+
+    def took(seconds: float, tokens: int, compressed: bool) -> None:
+        rate.stop(time.perf_counter() - seconds, tokens, compressed)
+
+    took(10.0, 1, True)  # it was compiled meanwhile
+    took(4.0, 900, False)
+    assert rate.compressed_s() == pytest.approx(6.0, abs=0.5)
+    took(1.0, 1, False)
+    took(3.0, 5, True)
+    took(8.0, 8000, True)
+    assert rate.compressed_s() == pytest.approx(2.0, abs=0.5)
+    took(0.1, 7, True)
+    assert rate.compressed_s() == 0.0
+
+
+def test_nothing_is_added_before_both_were_seen() -> None:
+    rate = PrefillRate()
+    rate.stop(time.perf_counter() - 1.0, 5, True)
+    assert rate.compressed_s() == 0.0 and rate() is None

@@ -85,6 +85,14 @@ class MosaicAttentionBackend(TorchNativeAttnBackend):
         self.reading: Reading | None = None
         """Of the decode step that is planned or captured next."""
 
+    @property
+    def reads_compressed(self) -> bool:
+        """Whether the prefill that was planned last reads compressed pages."""
+        plan = self._plan
+        if isinstance(plan, _Prefill):
+            return plan.attention.reads_compressed
+        return isinstance(plan, _Plan) and plan.mixed is not None
+
     def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
         super().init_forward_metadata(forward_batch)
         self._plan = None

@@ -107,7 +107,7 @@ def connect(scheduler: Any, memory: PageMemory) -> None:
             prepare(options.usual_bytes)
     memory.connect(tier)
     rate = scheduler.tp_worker.model_runner.prefill_rate
-    pays = RestoringPays(config.restore_from, rate, tier.restores.rate)
+    pays = RestoringPays(config.restore_from, rate, tier.restores.rate, rate.compressed_s)
     scheduler.tree_cache.connect(identity(scheduler, memory), pays)
     # From here on the scheduler asks the tree about the requests in its queue.
     scheduler.enable_hicache_storage = True

@@ -116,7 +116,7 @@ class MosaicRadixCache(RadixCache):
         if not self._pays.enough(held):
             tier.counters.recomputed += held
             return
-        budget_s = self._pays.budget_s(held, tier.restores.ahead)
+        budget_s = self._pays.budget_s(held, tier.restores.ahead, matched // PAGE_SIZE)
         if budget_s is None:
             tier.counters.recomputed += held
             # Or nothing would be measured again, and none come back for good.

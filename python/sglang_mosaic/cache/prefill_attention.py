@@ -7,6 +7,7 @@ such as users of one system prompt.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -14,6 +15,7 @@ from typing import NamedTuple
 import torch
 
 from mosaic_kernels.attend.launch import attend, attend_causally
+from mosaic_kernels.attend.ragged import RaggedAttention
 from mosaic_kernels.merge_lse.launch import merge_rows
 from mosaic_kernels.rotate_rows.launch import rotate_rows
 from mosaic_kernels.segment_decode.launch import decode_frames
@@ -23,6 +25,8 @@ from sglang_mosaic.cache.segment_tables import SegmentTables
 
 BLOCK_PAGES = 512
 """Compressed pages decoded at a time: bounds the scratch to 32k tokens of float16 K and V of one layer."""
+DECODED = torch.float16
+"""Type of decoded K and V."""
 _TOGETHER = 31
 """Requests whose bits are put into one integer."""
 
@@ -43,29 +47,41 @@ class PrefillAttention:
         rows: integer, rows of the dense slabs of the uncompressed tokens of all requests, one request after the other.
         news: new tokens of each request, the last ones of it.
         lengths: uncompressed tokens of each request, the new ones included.
+        ragged: FlashInfer's attention, of one forward at a time; None: torch's.
     """
 
     def __init__(
-        self, memory: PageMemory, tables: SegmentTables, rows: torch.Tensor, news: list[int], lengths: list[int]
+        self,
+        memory: PageMemory,
+        tables: SegmentTables,
+        rows: torch.Tensor,
+        news: list[int],
+        lengths: list[int],
+        ragged: RaggedAttention | None = None,
     ) -> None:
-        self._memory, self._tables = memory, tables
-        device = memory.table.frames.device
-        self._rows = rows.to(device, non_blocking=True)
-        self._queries = _starts(news, device)
+        self._memory, self._tables, self._ragged = memory, tables, ragged
+        self._rows = rows.to(memory.table.frames.device, non_blocking=True)
         # Compressed pages lie before every query, so masking the others alone is causal.
-        self._keys = _starts(lengths, device)
-        self._most = max(news), max(lengths)
+        self._starts = _starts(news), _starts(lengths)
+        self._new, self._most = sum(news), (max(news), max(lengths))
         self._only_new = news == lengths
         """Whether every uncompressed token is a new one."""
         self._blocks: dict[int, list[_Block]] = {}
         """By slot of their epoch in the tables."""
 
     @classmethod
-    def of(cls, memory: PageMemory, tables: SegmentTables, sequences: list[Sequence]) -> PrefillAttention:
+    def of(
+        cls,
+        memory: PageMemory,
+        tables: SegmentTables,
+        sequences: list[Sequence],
+        ragged: RaggedAttention | None = None,
+    ) -> PrefillAttention:
         """That of the requests of a batch, in the order of their queries."""
         compressed = [sequence.frames >= memory.table.first_mosaic for sequence in sequences]
         own = [dense_rows(s, mosaic) for s, mosaic in zip(sequences, compressed, strict=True)]
-        found = cls(memory, tables, torch.cat(own), [s.queries for s in sequences], [len(rows) for rows in own])
+        news, lengths = [s.queries for s in sequences], [len(rows) for rows in own]
+        found = cls(memory, tables, torch.cat(own), news, lengths, ragged)
         mosaic = [s.frames[which] for s, which in zip(sequences, compressed, strict=True)]
         if any(map(len, mosaic)):
             found._decode(sequences, mosaic)
@@ -81,6 +97,17 @@ class PrefillAttention:
             of_all = (frames - memory.table.first_mosaic).to(device, non_blocking=True)
             blocks = self._blocks.setdefault(memory.epochs.slots[number], [])
             blocks += [_Block(part, rows) for part in of_all.split(BLOCK_PAGES)]
+
+    @property
+    def reads_compressed(self) -> bool:
+        """Whether there is a compressed page among what is read."""
+        return bool(self._blocks)
+
+    @functools.cached_property
+    def _starts_there(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """On the device of the pool."""
+        device, (queries, keys) = self._memory.table.frames.device, self._starts
+        return queries.to(device, non_blocking=True), keys.to(device, non_blocking=True)
 
     def run(
         self, layer: int, q: torch.Tensor, k: torch.Tensor | None, v: torch.Tensor | None, scale: float
@@ -99,16 +126,20 @@ class PrefillAttention:
         memory = self._memory
         if k is None or v is None or not self._only_new:
             k, v = memory.dense_k[layer][self._rows], memory.dense_v[layer][self._rows]
-        out, lse = attend_causally(q, k, v, self._queries, self._keys, *self._most, scale)
+        # FlashInfer takes one type, and no rows that only fill up a graph.
+        ragged = self._ragged if q.dtype == k.dtype and len(q) == self._new else None
+        if ragged is None:
+            out, lse = attend_causally(q, k, v, *self._starts_there, *self._most, scale)
+        else:
+            out, lse = ragged.attend_causally(q, k, v, self._starts, scale)
         if not self._blocks:
             return out
         tables = self._tables.layer(layer)
         for slot, blocks in self._blocks.items():
-            # As K and V are decoded.
-            rotated = rotate_rows(q, tables.q_basis[slot], torch.float16)
+            rotated = rotate_rows(q, tables.q_basis[slot], DECODED)
             for frames, rows in blocks:
-                k, v = decode_frames(memory.slab.frames, frames, tables.formats, slot, torch.float16)
-                found = attend(rotated[rows], k.flatten(1, 2), v.flatten(1, 2), scale)
+                k, v = decode_frames(memory.slab.frames, frames, tables.formats, slot, DECODED)
+                found = (ragged.attend if ragged else attend)(rotated[rows], k.flatten(1, 2), v.flatten(1, 2), scale)
                 if isinstance(rows, slice):
                     merge_rows(out[rows], lse[rows], *found, tables.v_unrotate[slot])
                 else:
@@ -141,5 +172,5 @@ def _rows(spans: list[range], device: torch.device) -> slice | torch.Tensor:
     return torch.cat([torch.arange(span.start, span.stop) for span in spans]).to(device, non_blocking=True)
 
 
-def _starts(lengths: list[int], device: torch.device) -> torch.Tensor:
-    return torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32).to(device, non_blocking=True)
+def _starts(lengths: list[int]) -> torch.Tensor:
+    return torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
