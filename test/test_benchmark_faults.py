@@ -70,12 +70,14 @@ def test_nothing_may_be_lost_but_hits() -> None:
 
 
 def test_it_pays_from_the_length_on_that_nothing_longer_contradicts() -> None:
-    def rows(*ratios: float) -> list[dict[str, Any]]:
-        return [{"tokens": 64 << i, "ratio": ratio} for i, ratio in enumerate(ratios)]
+    def rows(*ratios: float, computed: float = 0.0) -> list[dict[str, Any]]:
+        return [{"tokens": 64 << i, "ratio": x, "recomputed_share": computed} for i, x in enumerate(ratios)]
 
     assert break_even(rows(0.9, 1.1, 0.8, 0.2)) == 256
     assert break_even(rows(0.9, 0.8)) == 64
     assert break_even(rows(0.9, 1.0)) is None
+    # Nothing came back: it is as fast as computing because it was computed.
+    assert break_even(rows(0.9, 0.99, computed=0.8)) is None
 
 
 def test_a_manager_is_found_below_its_server_only() -> None:

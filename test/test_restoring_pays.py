@@ -19,7 +19,7 @@ RATE = 6400.0
 
 
 def pays(page_s: float | None, rate: float | None = RATE, compressed_s: float = 0.0) -> RestoringPays:
-    return RestoringPays(256, lambda: rate, lambda: page_s, lambda: compressed_s)
+    return RestoringPays(256, lambda: rate, lambda: page_s, lambda pages: compressed_s)
 
 
 def test_restoring_pays_where_it_is_faster() -> None:
@@ -107,34 +107,37 @@ def test_long_prefills_decide_the_rate() -> None:
     rate, device = PrefillRate(), torch.device("cpu")
     assert rate() is None
     now = time.perf_counter()
-    rate.stop(now - 0.001, 63, False)
+    rate.stop(now - 0.001, 63, 0)
     assert rate() is None
-    rate.stop(now - 1.0, 8000, False)
+    rate.stop(now - 1.0, 8000, 0)
     for _ in range(3):
-        rate.stop(time.perf_counter() - 0.1, 64, False)
+        rate.stop(time.perf_counter() - 0.1, 64, 0)
     # By their mean it would be below 4,000.
     assert 4000 < rate() < 8000
     assert isinstance(rate.start(device), float)
 
 
-def test_what_compressed_pages_add_is_seen_in_the_shortest_forwards() -> None:
+def test_what_compressed_pages_add_is_the_least_of_forwards_that_read_no_more() -> None:
     rate = PrefillRate()
 
-    def took(seconds: float, tokens: int, compressed: bool) -> None:
+    def took(seconds: float, tokens: int, compressed: int) -> None:
         rate.stop(time.perf_counter() - seconds, tokens, compressed)
 
-    took(10.0, 1, True)  # it was compiled meanwhile
-    took(4.0, 900, False)
-    assert rate.compressed_s() == pytest.approx(6.0, abs=0.5)
-    took(1.0, 1, False)
-    took(3.0, 5, True)
-    took(8.0, 8000, True)
-    assert rate.compressed_s() == pytest.approx(2.0, abs=0.5)
-    took(0.1, 7, True)
-    assert rate.compressed_s() == 0.0
+    took(100.0, 10_000, 0)  # 10 ms a token
+    for seconds in (30.0, 5.0):  # the first one was compiled meanwhile
+        took(seconds, 10, 16)
+    assert rate.compressed_s(16) == 0.0, "two of them say nothing"
+    took(2.0, 50, 8)
+    assert rate.compressed_s(16) == pytest.approx(1.5, abs=0.2)
+    assert rate.compressed_s(15) == 0.0, "those that read more do not count"
+    took(1.5, 10, 0)
+    assert rate.compressed_s(16) == pytest.approx(1.5, abs=0.2), "the longer forward took nothing beyond its tokens"
+    took(0.2, 5, 1)
+    assert rate.compressed_s(16) == pytest.approx(0.15, abs=0.1)
 
 
 def test_nothing_is_added_before_both_were_seen() -> None:
     rate = PrefillRate()
-    rate.stop(time.perf_counter() - 1.0, 5, True)
-    assert rate.compressed_s() == 0.0 and rate() is None
+    for _ in range(3):
+        rate.stop(time.perf_counter() - 1.0, 64, 1)
+    assert rate.compressed_s(1) == 0.0

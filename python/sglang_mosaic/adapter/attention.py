@@ -86,12 +86,11 @@ class MosaicAttentionBackend(TorchNativeAttnBackend):
         """Of the decode step that is planned or captured next."""
 
     @property
-    def reads_compressed(self) -> bool:
-        """Whether the prefill that was planned last reads compressed pages."""
+    def compressed_pages(self) -> int:
+        """That the prefill which was planned last reads."""
         plan = self._plan
-        if isinstance(plan, _Prefill):
-            return plan.attention.reads_compressed
-        return isinstance(plan, _Plan) and plan.mixed is not None
+        reader = plan.attention if isinstance(plan, _Prefill) else plan.mixed if isinstance(plan, _Plan) else None
+        return 0 if reader is None else reader.compressed_pages
 
     def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
         super().init_forward_metadata(forward_batch)

@@ -67,7 +67,7 @@ def _bracket_forward(runner: Any) -> None:
         started = rate.start(device) if timed else None
         output = forward(forward_batch, *args, **kwargs)
         if timed:
-            rate.stop(started, forward_batch.extend_num_tokens, runner.attn_backend.reads_compressed)
+            rate.stop(started, forward_batch.extend_num_tokens, runner.attn_backend.compressed_pages)
         return output
 
     runner.forward = bracketed

@@ -45,7 +45,7 @@ class RestoringPays:
         least_tokens: a shorter run of tokens is computed.
         prefill_rate: tokens that this server computes in a second, None: not known yet.
         page_s: seconds that a page takes to come back, None: not known yet.
-        compressed_s: seconds more that a forward takes as it reads compressed pages, however few.
+        compressed_s: seconds more that a forward takes as it reads so many compressed pages.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class RestoringPays:
         least_tokens: int,
         prefill_rate: Callable[[], float | None],
         page_s: Callable[[], float | None],
-        compressed_s: Callable[[], float],
+        compressed_s: Callable[[int], float],
     ) -> None:
         self._least_tokens = least_tokens
         self._prefill_rate = prefill_rate
@@ -75,5 +75,5 @@ class RestoringPays:
         rate, page_s = self._prefill_rate(), self._page_s()
         if rate is None:
             return UNKNOWN_S
-        budget_s = pages * PAGE_SIZE / rate - (0.0 if at else self._compressed_s())
+        budget_s = pages * PAGE_SIZE / rate - (0.0 if at else self._compressed_s(pages))
         return None if budget_s <= 0 or (ahead + pages) * (page_s or 0.0) > budget_s else budget_s

@@ -88,6 +88,11 @@ class MixedAttention:
             )
         self._selecting = None if selections is None else selections.plan(memory, sequences, self._blocks)
 
+    @property
+    def compressed_pages(self) -> int:
+        """That are decoded, each once."""
+        return sum(len(block.frames) for block in self._blocks)
+
     def run(self, layer: int, q: torch.Tensor, out: torch.Tensor, scale: float) -> None:
         """Attend with the planned rows of ``q``, K and V of their new tokens already written.
 

@@ -99,9 +99,9 @@ class PrefillAttention:
             blocks += [_Block(part, rows) for part in of_all.split(BLOCK_PAGES)]
 
     @property
-    def reads_compressed(self) -> bool:
-        """Whether there is a compressed page among what is read."""
-        return bool(self._blocks)
+    def compressed_pages(self) -> int:
+        """That are decoded, each once."""
+        return sum(len(block.frames) for blocks in self._blocks.values() for block in blocks)
 
     @functools.cached_property
     def _starts_there(self) -> tuple[torch.Tensor, torch.Tensor]:
