@@ -29,12 +29,12 @@ _spec.loader.exec_module(mosaic_jitter)
 
 
 def sample(second: float, memory: float = 100.0, descriptors: int = 10) -> Sample:
-    return Sample(second, {"server": memory}, {"server": descriptors}, {"server": 3}, 1.0, 2.0)
+    return Sample(second, {"server": memory}, {"server": descriptors}, {"server": 3}, 1.0, 2.0, {"server": 900.0})
 
 
 def good() -> dict[str, Any]:
     samples = [sample(100 * i) for i in range(8)]
-    series = ("memory_mib", "descriptors", "threads")
+    series = ("memory_mib", "descriptors", "threads", "gpu_mib")
     return {
         "requests": {"length": 3},
         "wrong": [],
@@ -66,6 +66,7 @@ def test_nothing_may_be_wrong_left_or_growing() -> None:
         {"stats": {**good()["stats"], "step_audits": 0}},
         {"growth": {**good()["growth"], "memory_mib": {"server": (400.0, 460.0)}}},
         {"growth": {**good()["growth"], "descriptors": {"server": (10, 40)}}},
+        {"growth": {**good()["growth"], "gpu_mib": {"server": (900.0, 1000.0)}}},
     ):
         assert len(failures({**good(), **change})) == 1, change
 

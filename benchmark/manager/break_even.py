@@ -1,6 +1,7 @@
 """Time to the first token of prompts whose pages come back from the host, against computing them.
 
     python benchmark/manager/break_even.py --json break-even.json --png break-even.png
+    python benchmark/manager/break_even.py --url http://127.0.0.1:30000 --model-path MODEL --pages 16 64 256
 
 For every length, so many different prompts are asked for in turn that each is evicted before its next turn comes. In
 the first round they are computed, in the later ones they are restored, all but the last tokens, which are no whole
@@ -11,10 +12,12 @@ again / computed. Exit status: 0, 1 when pages were lost, 2 when there is no res
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +27,7 @@ from matplotlib.figure import Figure
 from tokenizers import Tokenizer
 
 from benchmark.codec.rate_distortion import embedded_model
+from benchmark.common import sglang_http
 from benchmark.common.cpu import CPU_FLAGS
 from benchmark.common.errors import BenchmarkError
 from benchmark.common.options import integer
@@ -55,11 +59,36 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--rounds", type=integer(1), default=2, help="of restored prompts (default %(default)s)")
     parser.add_argument(
-        "--server-args", default=SERVER_ARGS, metavar="STRING", help="flags of the server (default: %(default)s)"
+        "--server-args",
+        metavar="STRING",
+        help=f"flags of the server; with --url for the report (default: {SERVER_ARGS})",
+    )
+    parser.add_argument(
+        "--url", help="measure a server that runs already, has a host tier and no other traffic; its cache is FLUSHED"
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all rows and the environment")
     parser.add_argument("--png", type=Path, metavar="FILE", help="write a figure")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.server_args is None:
+        args.server_args = "not told" if args.url else SERVER_ARGS
+    return args
+
+
+@contextlib.contextmanager
+def server_url(args: argparse.Namespace) -> Iterator[str]:
+    """The address of the server to measure, its cache empty."""
+    if args.url:
+        url = sglang_http.normalise_url(args.url)
+        if "host" not in statistics(url):
+            raise BenchmarkError(f"--url: {url} has no host tier; start it with --mosaic-host-gb")
+        sglang_http.flush_cache(url)
+        yield url
+        return
+    with (
+        tempfile.TemporaryDirectory(prefix="mosaic-break-even-") as folder,
+        make_server(args.model_path, Path(folder) / "server.log", args.server_args) as server,
+    ):
+        yield server.url
 
 
 def timed(client: TokenClient, prompts: list[list[int]]) -> tuple[list[float], list[int]]:
@@ -144,13 +173,10 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_arguments(argv)
     load = os.getloadavg()
     try:
-        with (
-            tempfile.TemporaryDirectory(prefix="mosaic-break-even-") as folder,
-            make_server(args.model_path, Path(folder) / "server.log", args.server_args) as server,
-        ):
-            pool = statistics(server.url)["logical_pages"] * PAGE
-            rows = measure(args, server.url, pool)
-            host = statistics(server.url)["host"]
+        with server_url(args) as url:
+            pool = statistics(url)["logical_pages"] * PAGE
+            rows = measure(args, url, pool)
+            host = statistics(url)["host"]
     except BenchmarkError as error:
         print(f"break_even: {error}", file=sys.stderr)
         return 2

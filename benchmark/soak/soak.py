@@ -168,10 +168,10 @@ def calibrate(url: str) -> None:
 
 def grown(watch: Watch) -> dict[str, dict[str, tuple[float, float]]]:
     """Memory and descriptors of every process in the second and the last quarter."""
-    roles = list(watch.samples[-1].memory_mib) if watch.samples else []
+    last = watch.samples[-1:]
     return {
-        series: {role: growth(watch.samples, series, role) for role in roles}
-        for series in ("memory_mib", "descriptors", "threads")
+        series: {role: growth(watch.samples, series, role) for sample in last for role in getattr(sample, series)}
+        for series in ("memory_mib", "descriptors", "threads", "gpu_mib")
     }
 
 

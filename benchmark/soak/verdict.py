@@ -28,10 +28,11 @@ def failures(result: dict[str, Any]) -> list[str]:
         found.append(f"{frames} frames leaked")
     if not stats["step_audits"]:
         found.append("nothing was audited under load")
-    for role, (early, late) in result["growth"]["memory_mib"].items():
-        judged = result["samples"][-1]["second"] - result["samples"][0]["second"] >= LEAST_S
-        if judged and late > max(early * MOST_GROWTH, early + LEAST_GROWTH_MIB):
-            found.append(f"memory of the {role} grew from {early:.0f} to {late:.0f} MiB")
+    judged = result["samples"][-1]["second"] - result["samples"][0]["second"] >= LEAST_S
+    for series, where in (("memory_mib", ""), ("gpu_mib", " on the GPU")):
+        for role, (early, late) in result["growth"][series].items():
+            if judged and late > max(early * MOST_GROWTH, early + LEAST_GROWTH_MIB):
+                found.append(f"memory of the {role}{where} grew from {early:.0f} to {late:.0f} MiB")
     for role, (early, late) in result["growth"]["descriptors"].items():
         if late > early + MOST_DESCRIPTORS:
             found.append(f"descriptors of the {role} grew from {early:.0f} to {late:.0f}")
@@ -48,9 +49,9 @@ def describe(result: dict[str, Any]) -> str:
         [
             role,
             *(
-                f"{x:.0f}"
-                for series in ("memory_mib", "descriptors", "threads")
-                for x in result["growth"][series][role]
+                f"{x:.0f}" if x is not None else None
+                for series in ("memory_mib", "gpu_mib", "descriptors", "threads")
+                for x in result["growth"][series].get(role, (None, None))
             ),
         ]
         for role in result["growth"]["memory_mib"]
@@ -60,7 +61,9 @@ def describe(result: dict[str, Any]) -> str:
         [
             format_table(("fault", "times", "outcome"), rows),
             "",
-            format_table(("process", "MiB", "then", "descriptors", "then", "threads", "then"), growth_rows),
+            format_table(
+                ("process", "MiB", "then", "on the GPU", "then", "descriptors", "then", "threads", "then"), growth_rows
+            ),
             "",
             f"requests: {result['requests']}, {len(result['wrong'])} wrong; {result['retracted']:.0f} retractions, "
             f"{result['evicted_tokens']:.0f} tokens evicted, {host['restored']} pages restored, "

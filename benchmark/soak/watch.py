@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import statistics
+import subprocess
 import threading
 import time
 from collections.abc import Sequence
@@ -30,6 +31,8 @@ class Sample:
     """Of all files in /dev/shm."""
     disk_mib: float
     """Of the managers' directory."""
+    gpu_mib: dict[str, float] = dataclasses.field(default_factory=dict)
+    """That a process has on GPUs; of those that have none, and without nvidia-smi, nothing."""
 
 
 class Watch:
@@ -66,6 +69,8 @@ class Watch:
             memory: dict[str, float] = {}
             descriptors: dict[str, int] = {}
             threads: dict[str, int] = {}
+            gpu: dict[str, float] = {}
+            on_gpus = gpu_memory()
             for role, process in processes(self._pid):
                 try:
                     with process.oneshot():
@@ -73,10 +78,20 @@ class Watch:
                         memory[role] = (info.rss - info.shared) / 2**20
                         descriptors[role] = process.num_fds()
                         threads[role] = process.num_threads()
+                    if process.pid in on_gpus:
+                        gpu[role] = on_gpus[process.pid]
                 except psutil.Error:
                     continue  # killed a moment ago
             self.samples.append(
-                Sample(self.second, memory, descriptors, threads, folder_mib(Path("/dev/shm")), folder_mib(self._disk))
+                Sample(
+                    self.second,
+                    memory,
+                    descriptors,
+                    threads,
+                    folder_mib(Path("/dev/shm")),
+                    folder_mib(self._disk),
+                    gpu,
+                )
             )
 
 
@@ -93,6 +108,21 @@ def processes(pid: int) -> list[tuple[str, psutil.Process]]:
             found += [(role, process) for part, role in ROLES.items() if part in line][:1]
     except psutil.Error:
         return []
+    return found
+
+
+def gpu_memory() -> dict[int, float]:
+    """MiB on all GPUs of each process that has some there, by its number; {} without nvidia-smi or a GPU."""
+    argv = ["nvidia-smi", "--query-compute-apps=pid,used_memory", "--format=csv,noheader,nounits"]
+    try:
+        lines = subprocess.run(argv, capture_output=True, text=True, timeout=10, check=True).stdout.splitlines()
+    except (OSError, subprocess.SubprocessError):
+        return {}
+    found: dict[int, float] = {}
+    for line in lines:
+        pid, _, mib = line.partition(",")
+        if mib.strip().isdigit():  # drivers that do not tell say [N/A]
+            found[int(pid)] = found.get(int(pid), 0.0) + float(mib)
     return found
 
 
