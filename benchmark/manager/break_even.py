@@ -79,7 +79,7 @@ def server_url(args: argparse.Namespace) -> Iterator[str]:
     """The address of the server to measure, its cache empty."""
     if args.url:
         url = sglang_http.normalise_url(args.url)
-        if "host" not in statistics(url):
+        if not statistics(url)["host"]:
             raise BenchmarkError(f"--url: {url} has no host tier; start it with --mosaic-host-gb")
         sglang_http.flush_cache(url)
         yield url
