@@ -101,10 +101,10 @@ def starts_of(contexts):
     return tuple(torch.tensor([0, *itertools.accumulate(x)], dtype=torch.int32) for x in zip(*contexts, strict=True))
 
 
-def assert_all_close(found, wanted, dtype=torch.bfloat16):
+def assert_all_close(found, wanted, dtype=torch.bfloat16, lse=1e-3):
     assert found[0].dtype == dtype and found[1].dtype == torch.float32
     torch.testing.assert_close(found[0].float(), wanted[0], rtol=0.02, atol=0.02)
-    torch.testing.assert_close(found[1], wanted[1], rtol=0, atol=1e-3)
+    torch.testing.assert_close(found[1], wanted[1], rtol=0, atol=lse)
 
 
 needs_flashinfer = pytest.mark.skipif(DEVICE == "cpu", reason="FlashInfer needs a GPU")
@@ -116,13 +116,15 @@ needs_flashinfer = pytest.mark.skipif(DEVICE == "cpu", reason="FlashInfer needs 
 def test_flashinfer_gives_the_same(heads, group, dim) -> None:
     ragged = RaggedAttention(torch.device(DEVICE), heads * group, heads, dim)
     many = 2 * 128 * 200 // (heads * group)
+    # FlashInfer's FlashAttention-2 adds up probabilities as it multiplies them with V, in bf16: off by 2^-9 at most.
+    rounded = torch.finfo(torch.bfloat16).eps / 4
     for contexts in ([(1, 1)], [(70, 9000)], [(64, 129), (1, 40), (9, 9)], [(many, many + 300), (5, 3000), (7, 7)]):
         assert ragged.fills(sum(new for new, _ in contexts)) == (contexts[0][0] == many)
         q, k, v, wanted = joined(contexts, heads, group, dim)
         starts = starts_of(contexts)
         for scale in (2 * SCALE, SCALE):  # planned anew for another one
             found = ragged.attend_causally(q, k, v, starts, scale)
-        assert_all_close(found, wanted)
+        assert_all_close(found, wanted, lse=1e-3 if ragged.fills(len(q)) else rounded)
         assert torch.equal(ragged.attend_causally(q, k, v, starts, SCALE)[0], found[0])
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 
-_SGLANG = ("sem.mp-", "sglang_", "sgl_shm_", "psm_")
-"""SGLang's own, and those of Python's multiprocessing: they outlive a kill."""
+_SGLANG = ("sem.mp-", "sem.loky-", "sglang_", "sgl_shm_", "psm_")
+"""SGLang's own, and those of multiprocessing and loky, which it loads: they outlive a kill."""
 
 
 def shared_memory_files() -> set[str]:

@@ -117,6 +117,8 @@ def measure(args: argparse.Namespace, url: str, pool_tokens: int) -> list[dict[s
         tokens = pages * PAGE
         count = pool_tokens // tokens + 2
         prompts = [prompt(tokens + REST, f"{pages} {i}") for i in range(count)]
+        # Computing has to make room in a full pool, too, as restoring has.
+        timed(client, [prompt(pool_tokens // 2, f"fill {pages} {i}") for i in range(2)])
         computed, _ = timed(client, prompts)
         restored, cached = [], []
         before = statistics(url)["host"]["recomputed"]
