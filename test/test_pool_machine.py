@@ -76,7 +76,7 @@ class Always:
     def enough(self, pages: int) -> bool:
         return pages > 0
 
-    def budget_s(self, pages: int, ahead: int, at: int) -> float | None:
+    def budget_s(self, pages: int, ahead: int, at: int, rest: int) -> float | None:
         return 60.0
 
 

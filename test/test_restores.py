@@ -9,7 +9,7 @@ import pytest
 
 from manager_cases import frames, put, until
 from sglang_mosaic.cache.host_page import HostPage
-from sglang_mosaic.cache.restores import PROBES, Restores
+from sglang_mosaic.cache.restores import PROBE_EVERY_S, PROBES, Restores
 from sglang_mosaic.manager.in_process import InProcessClient
 from sglang_mosaic.manager.options import ManagerOptions
 
@@ -189,6 +189,17 @@ def test_a_probe_measures_and_brings_nothing(bench: Bench) -> None:
     assert bench.restores.waiting == bench.restores.ahead == 0 and bench.client.room == 8
     bench.restores.begin("a", bench.cases.keys[:2], LONG_S)
     assert data_of(bench.finish("a")) == bench.cases.frames[:2]
+
+
+def test_probes_keep_no_server_from_its_work(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    fetches = []
+    for seconds in (0.0, 0.1, PROBE_EVERY_S - 0.1, PROBE_EVERY_S + 0.1):
+        monkeypatch.setattr("sglang_mosaic.cache.restores.time.monotonic", lambda now=1000 + seconds: now)
+        bench.restores.probe(bench.cases.keys)
+        monkeypatch.undo()
+        bench.turn()
+        fetches.append(bench.client.counters.fetches)
+    assert fetches == [fetches[0]] * 3 + [2 * fetches[0]]
 
 
 def test_an_unknown_epoch_is_fetched_first(bench: Bench) -> None:

@@ -8,39 +8,48 @@ import pytest
 import torch
 
 from manager_cases import answer, frames, put, until
-from sglang_mosaic.adapter.prefill_rate import PrefillRate
+from sglang_mosaic.adapter.prefill_time import PrefillTime
 from sglang_mosaic.adapter.restoring import UNKNOWN_S, RestoringPays
 from sglang_mosaic.cache.restore_rate import WINDOW, RestoreRate
 from sglang_mosaic.manager.options import ManagerOptions
 from sglang_mosaic.manager.zmq_client import ZmqClient
+from sglang_mosaic.page import PAGE_SIZE
 
-RATE = 6400.0
-"""Tokens per second: 10 ms a page."""
+PAGE_S = 0.01
+"""Computing a page."""
 
 
-def pays(page_s: float | None, rate: float | None = RATE, compressed_s: float = 0.0) -> RestoringPays:
-    return RestoringPays(256, lambda: rate, lambda: page_s, lambda pages: compressed_s)
+def pays(page_s: float | None, compressed_s: float = 0.0, known: bool = True) -> RestoringPays:
+    """Of a server whose prefills take as long as their tokens, or `compressed_s` if they read compressed pages."""
+
+    def prefill_s(tokens: int, compressed: int) -> float | None:
+        return max(tokens / PAGE_SIZE * PAGE_S, compressed_s * (compressed > 0)) if known else None
+
+    return RestoringPays(256, prefill_s, lambda: page_s)
 
 
 def test_restoring_pays_where_it_is_faster() -> None:
     assert not pays(None).enough(3) and pays(None).enough(4)
-    assert pays(None, rate=None).budget_s(4, ahead=0, at=0) == UNKNOWN_S
-    assert pays(None).budget_s(4, ahead=1000, at=0) == pytest.approx(0.04)
-    assert pays(0.009).budget_s(64, ahead=0, at=0) == pytest.approx(0.64)
-    assert pays(0.011).budget_s(64, ahead=0, at=0) is None
+    assert pays(None, known=False).budget_s(4, ahead=0, at=0, rest=1) == UNKNOWN_S
+    assert pays(None).budget_s(4, ahead=1000, at=0, rest=1) == pytest.approx(0.04)
+    assert pays(0.009).budget_s(64, ahead=0, at=0, rest=64) == pytest.approx(0.64)
+    assert pays(0.011).budget_s(64, ahead=0, at=0, rest=64) is None
     # Those ahead come first.
-    assert pays(0.005).budget_s(64, ahead=64, at=0) == pytest.approx(0.64)
-    assert pays(0.005).budget_s(64, ahead=65, at=0) is None
+    assert pays(0.005).budget_s(64, ahead=63, at=0, rest=1) == pytest.approx(0.64)
+    assert pays(0.005).budget_s(64, ahead=65, at=0, rest=1) is None
 
 
 def test_reading_compressed_pages_takes_time_of_its_own() -> None:
     """8 pages take 80 ms to compute and 40 to bring back."""
-    assert pays(0.005, compressed_s=0.03).budget_s(8, ahead=0, at=0) == pytest.approx(0.05)
-    assert pays(0.005, compressed_s=0.05).budget_s(8, ahead=0, at=0) is None
-    # They will be read anyway where some are there, and do not matter to many.
-    assert pays(0.005, compressed_s=0.05).budget_s(8, ahead=0, at=1) == pytest.approx(0.08)
-    assert pays(0.005, compressed_s=0.05).budget_s(64, ahead=0, at=0) == pytest.approx(0.59)
-    assert pays(None, compressed_s=0.09).budget_s(8, ahead=0, at=0) is None
+    assert pays(0.005, compressed_s=0.03).budget_s(8, ahead=0, at=0, rest=0) == pytest.approx(0.05)
+    assert pays(0.005, compressed_s=0.05).budget_s(8, ahead=0, at=0, rest=0) is None
+    # Many pages take longer in any case, and so do many tokens behind them.
+    assert pays(0.005, compressed_s=0.05).budget_s(64, ahead=0, at=0, rest=0) == pytest.approx(0.59)
+    assert pays(0.005, compressed_s=0.05).budget_s(8, ahead=0, at=0, rest=320) == pytest.approx(0.08)
+    assert pays(None, compressed_s=0.09).budget_s(8, ahead=0, at=0, rest=0) is None
+    # Where some are there, launching takes as long with the others computed.
+    assert pays(0.005, compressed_s=0.05).budget_s(8, ahead=0, at=1, rest=0) is None
+    assert pays(0.005, compressed_s=0.03).budget_s(8, ahead=0, at=1, rest=0) == pytest.approx(0.05)
 
 
 def test_one_page_that_was_held_up_does_not_end_restoring() -> None:
@@ -55,6 +64,8 @@ def test_one_page_that_was_held_up_does_not_end_restoring() -> None:
     for _ in range(WINDOW):
         rate.received(0.003)
     assert rate() == pytest.approx(0.003)
+    rate.placed(0.0005)
+    assert rate() == pytest.approx(0.0035), "the scheduler waits for both"
 
 
 def test_pages_that_have_become_slow_count() -> None:
@@ -103,41 +114,58 @@ def test_a_manager_that_lies_about_time_is_not_believed(said: float, monkeypatch
     client.close()
 
 
-def test_long_prefills_decide_the_rate() -> None:
-    rate, device = PrefillRate(), torch.device("cpu")
-    assert rate() is None
-    now = time.perf_counter()
-    rate.stop(now - 0.001, 63, 0)
-    assert rate() is None
-    rate.stop(now - 1.0, 8000, 0)
-    for _ in range(3):
-        rate.stop(time.perf_counter() - 0.1, 64, 0)
-    # By their mean it would be below 4,000.
-    assert 4000 < rate() < 8000
-    assert isinstance(rate.start(device), float)
+class Prefills:
+    """What a server measured."""
+
+    def __init__(self) -> None:
+        self.seconds = PrefillTime()
+
+    def took(self, seconds: float, tokens: int, compressed: int = 0, times: int = 1) -> None:
+        for _ in range(times):
+            self.seconds.stop(time.perf_counter() - seconds, tokens, compressed)
 
 
-def test_what_compressed_pages_add_is_the_least_of_forwards_that_read_no_more() -> None:
-    rate = PrefillRate()
-
-    def took(seconds: float, tokens: int, compressed: int) -> None:
-        rate.stop(time.perf_counter() - seconds, tokens, compressed)
-
-    took(100.0, 10_000, 0)  # 10 ms a token
-    for seconds in (30.0, 5.0):  # the first one was compiled meanwhile
-        took(seconds, 10, 16)
-    assert rate.compressed_s(16) == 0.0, "two of them say nothing"
-    took(2.0, 50, 8)
-    assert rate.compressed_s(16) == pytest.approx(1.5, abs=0.2)
-    assert rate.compressed_s(15) == 0.0, "those that read more do not count"
-    took(1.5, 10, 0)
-    assert rate.compressed_s(16) == pytest.approx(1.5, abs=0.2), "the longer forward took nothing beyond its tokens"
-    took(0.2, 5, 1)
-    assert rate.compressed_s(16) == pytest.approx(0.15, abs=0.1)
+def test_long_prefills_tell_how_long_a_token_takes() -> None:
+    prefills = Prefills()
+    assert prefills.seconds(1000, 0) is None
+    prefills.took(0.001, 63)
+    assert prefills.seconds(1000, 0) is None
+    prefills.took(1.0, 8000)
+    prefills.took(0.1, 64, times=60)
+    # By their mean it would be .58.
+    assert prefills.seconds(1000, 0) == pytest.approx(0.125, rel=0.05)
+    assert isinstance(prefills.seconds.start(torch.device("cpu")), float)
 
 
-def test_nothing_is_added_before_both_were_seen() -> None:
-    rate = PrefillRate()
-    for _ in range(3):
-        rate.stop(time.perf_counter() - 1.0, 64, 1)
-    assert rate.compressed_s(1) == 0.0
+def test_a_prefill_that_was_held_up_says_little() -> None:
+    prefills = Prefills()
+    prefills.took(30.0, 1000)  # kernels were compiled
+    prefills.took(0.1, 1000, times=3)
+    assert prefills.seconds(2000, 0) == pytest.approx(0.2, rel=0.1)
+
+
+def test_a_short_prefill_takes_as_long_as_those_that_do_less() -> None:
+    prefills = Prefills()
+    prefills.took(1.0, 10_000)
+    for seconds, tokens, compressed in ((0.05, 10, 0), (0.09, 10, 16)):
+        prefills.took(seconds, tokens, compressed, times=2)
+        assert prefills.seconds(16, compressed) == pytest.approx(0.0016 if not compressed else 0.05, rel=0.1), (
+            "two of them say nothing, but that reading compressed pages takes no less"
+        )
+        prefills.took(seconds, tokens, compressed)
+        assert prefills.seconds(16, compressed) == pytest.approx(seconds, rel=0.1)
+    assert prefills.seconds(16, 15) == pytest.approx(0.05, rel=0.1), "those that read more do not count"
+    assert prefills.seconds(9, 16) == pytest.approx(0.0009, rel=0.1), "those that compute more do not, either"
+    assert prefills.seconds(5000, 16) == pytest.approx(0.5, rel=0.1)
+
+
+def test_restoring_a_page_or_two_does_not_pay_where_launching_takes_longest() -> None:
+    """As on a GPU: 55 ms for 1,040 tokens, 16 tokens behind 1,024 compressed ones 60, a page 1 ms."""
+    prefills = Prefills()
+    restoring = RestoringPays(256, prefills.seconds, lambda: 0.001)
+    prefills.took(0.055, 1040, times=8)
+    assert restoring.budget_s(16, ahead=0, at=0, rest=16) is not None, "to see how long it takes"
+    prefills.took(0.060, 16, 16, times=3)
+    assert restoring.budget_s(16, ahead=0, at=0, rest=16) is None
+    prefills.took(0.2, 4112, times=8)
+    assert restoring.budget_s(64, ahead=0, at=0, rest=16) == pytest.approx(0.14, rel=0.1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-from sglang_mosaic.adapter.prefill_rate import PrefillRate
+from sglang_mosaic.adapter.prefill_time import PrefillTime
 from sglang_mosaic.page import PAGE_SIZE
 
 
@@ -54,7 +54,7 @@ def _bracket_forward(runner: Any) -> None:
     # inside SGLang's forward stream, after that stream has waited for the scheduler's.
     memory = runner.token_to_kv_pool.memory
     forward = runner.forward
-    rate = runner.prefill_rate = PrefillRate()
+    prefill_s = runner.prefill_s = PrefillTime()
     device = memory.table.frames.device
 
     @functools.wraps(forward)
@@ -62,12 +62,12 @@ def _bracket_forward(runner: Any) -> None:
         memory.begin_forward()
         if forward_batch.out_cache_loc is not None and _fills_a_page(forward_batch):
             memory.will_write(forward_batch.out_cache_loc)
-        # Nobody asks for the rate but who may bring pages back instead.
+        # Nobody asks how long it takes but who may bring pages back instead.
         timed = memory.host is not None and forward_batch.forward_mode.is_extend()
-        started = rate.start(device) if timed else None
+        started = prefill_s.start(device) if timed else None
         output = forward(forward_batch, *args, **kwargs)
         if timed:
-            rate.stop(started, forward_batch.extend_num_tokens, runner.attn_backend.compressed_pages)
+            prefill_s.stop(started, forward_batch.extend_num_tokens, runner.attn_backend.compressed_pages)
         return output
 
     runner.forward = bracketed

@@ -106,8 +106,7 @@ def connect(scheduler: Any, memory: PageMemory) -> None:
         for prepare in (client.prepare, buffers.prepare):
             prepare(options.usual_bytes)
     memory.connect(tier)
-    rate = scheduler.tp_worker.model_runner.prefill_rate
-    pays = RestoringPays(config.restore_from, rate, tier.restores.rate, rate.compressed_s)
+    pays = RestoringPays(config.restore_from, scheduler.tp_worker.model_runner.prefill_s, tier.restores.rate)
     scheduler.tree_cache.connect(identity(scheduler, memory), pays)
     # From here on the scheduler asks the tree about the requests in its queue.
     scheduler.enable_hicache_storage = True

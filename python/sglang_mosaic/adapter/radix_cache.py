@@ -3,6 +3,7 @@ SGLang's own."""
 
 from __future__ import annotations
 
+import time
 import uuid
 from typing import Any
 
@@ -116,7 +117,8 @@ class MosaicRadixCache(RadixCache):
         if not self._pays.enough(held):
             tier.counters.recomputed += held
             return
-        budget_s = self._pays.budget_s(held, tier.restores.ahead, matched // PAGE_SIZE)
+        rest = len(tokens) - matched - held * PAGE_SIZE
+        budget_s = self._pays.budget_s(held, tier.restores.ahead, matched // PAGE_SIZE, rest)
         if budget_s is None:
             tier.counters.recomputed += held
             # Or nothing would be measured again, and none come back for good.
@@ -132,10 +134,15 @@ class MosaicRadixCache(RadixCache):
         restoring = self._restoring.get(name)
         if restoring is None:
             return True
-        pages = self._memory.host.tier.restores.take(name)
-        if pages and not self._insert_restored(restoring, pages):
-            self._memory.host.tier.restores.cancel(name)
-        elif not self._memory.host.tier.restores.done(name):
+        restores = self._memory.host.tier.restores
+        started = time.perf_counter()
+        pages = restores.take(name)
+        inserted = not pages or self._insert_restored(restoring, pages)
+        if pages:
+            restores.rate.placed((time.perf_counter() - started) / len(pages))
+        if not inserted:
+            restores.cancel(name)
+        elif not restores.done(name):
             return False
         self._finish(name)
         return True

@@ -43,37 +43,34 @@ class RestoringPays:
 
     Args:
         least_tokens: a shorter run of tokens is computed.
-        prefill_rate: tokens that this server computes in a second, None: not known yet.
+        prefill_s: seconds of computing so many tokens that read so many compressed pages, None: not known yet.
         page_s: seconds that a page takes to come back, None: not known yet.
-        compressed_s: seconds more that a forward takes as it reads so many compressed pages.
     """
 
     def __init__(
         self,
         least_tokens: int,
-        prefill_rate: Callable[[], float | None],
+        prefill_s: Callable[[int, int], float | None],
         page_s: Callable[[], float | None],
-        compressed_s: Callable[[int], float],
     ) -> None:
         self._least_tokens = least_tokens
-        self._prefill_rate = prefill_rate
+        self._prefill_s = prefill_s
         self._page_s = page_s
-        self._compressed_s = compressed_s
 
     def enough(self, pages: int) -> bool:
         """Whether they are a run of tokens that is restored at all."""
         return pages * PAGE_SIZE >= max(self._least_tokens, 1)
 
-    def budget_s(self, pages: int, ahead: int, at: int) -> float | None:
+    def budget_s(self, pages: int, ahead: int, at: int, rest: int) -> float | None:
         """How long to wait for pages at most: as long as computing them takes. None: compute them.
 
         Args:
             ahead: pages that others wait for; they come first.
-            at: pages before them that are there; the last tokens, which are computed in any case, read compressed ones
-                then as well.
+            at: pages before them that are there, compressed like those that come back.
+            rest: tokens behind them, which are computed in any case.
         """
-        rate, page_s = self._prefill_rate(), self._page_s()
-        if rate is None:
+        computed, restored = self._prefill_s(pages * PAGE_SIZE + rest, at), self._prefill_s(rest, at + pages)
+        if computed is None or restored is None:
             return UNKNOWN_S
-        budget_s = pages * PAGE_SIZE / rate - (0.0 if at else self._compressed_s(pages))
-        return None if budget_s <= 0 or (ahead + pages) * (page_s or 0.0) > budget_s else budget_s
+        saved = computed - restored
+        return None if saved <= 0 or (ahead + pages) * (self._page_s() or 0.0) > saved else saved

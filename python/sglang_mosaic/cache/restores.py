@@ -18,8 +18,9 @@ LEAST_FETCH_S = 0.2
 TOGETHER = 64
 """Pages to be taken at a time, unless no more come: the prefix tree gets a node for each time, and every request that
 reads the prefix goes through all of its nodes."""
-PROBES = 8
-"""Pages that are asked for to see how long they take by now."""
+PROBES, PROBE_EVERY_S = 8, 5.0
+"""Pages that are asked for to see how long they take by now, and how often at most: they keep a server from its work
+for some milliseconds, as long as they are copied."""
 
 
 @dataclasses.dataclass
@@ -87,6 +88,7 @@ class Restores:
         self._restores: dict[str, _Restore] = {}
         self._pages: dict[Ticket, bytes] = {}
         self._probes: set[Ticket] = set()
+        self._probe_from = 0.0
         self._asked: set[bytes] = set()
         self._epochs: dict[Ticket, str] = {}
         self._unreadable: set[str] = set()
@@ -103,9 +105,12 @@ class Restores:
         return max(missing, 0)
 
     def probe(self, keys: Sequence[bytes]) -> None:
-        """Ask for some pages that nobody waits for, unless others are under way: only to see how long they take."""
-        if self._pages or self._probes:
+        """Ask for some pages that nobody waits for, unless others are under way or were a moment ago: only to see how
+        long they take."""
+        now = time.monotonic()
+        if self._pages or self._probes or now < self._probe_from:
             return
+        self._probe_from = now + PROBE_EVERY_S
         for key in keys[:PROBES]:
             if self._own(key) is None and self._client.connected and self._client.room:
                 self._probes.add(self._client.fetch(key, timeout_s=FETCH_S))
