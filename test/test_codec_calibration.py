@@ -236,7 +236,7 @@ def test_a_plan_fills_the_frame_and_every_format_fits(options, ratio):
 
 
 def test_plans_are_pure():
-    first, second = (make_plan(statistics(), frame_bytes(2, 2, DIM, 4), SCALE) for _ in range(2))
+    first, second = (make_plan(statistics(), frame_bytes(2, 2, DIM, 4), SCALE, workers=workers) for workers in (1, 3))
     assert plan_hash(first, 64) == plan_hash(second, 64)
     given = statistics()
     before = [x.clone() for layer in given for x in (*layer[:2], *layer.sample[:2])]

@@ -95,7 +95,7 @@ def _calibrates_beside(config: MosaicConfig, geometry: Geometry) -> CalibrationP
     # Without a GPU the server needs all cores itself, and models are small enough to wait for.
     if torch.device(geometry.device).type != "cuda" or config.codec != "planes" or not config.compresses:
         return None
-    return CalibrationProcess(max((os.cpu_count() or 1) // 2, 1))
+    return CalibrationProcess(max(len(os.sched_getaffinity(0)) // 2, 1))
 
 
 def _refuse(name: str):

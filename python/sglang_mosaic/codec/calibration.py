@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import torch
@@ -89,7 +90,7 @@ class _Measured(NamedTuple):
 
 
 def make_plan(
-    statistics: Sequence[LayerStatistics], frame_bytes: int, scale: float, quick: bool = False
+    statistics: Sequence[LayerStatistics], frame_bytes: int, scale: float, quick: bool = False, workers: int = 1
 ) -> list[LayerPlan]:
     """Bases, sizes and formats of every layer and head.
 
@@ -101,29 +102,37 @@ def make_plan(
         frame_bytes: bytes of one page, all layers and heads, a multiple of 16.
         scale: factor of the logits.
         quick: look at few pages, give every head one format, and let scans read all channels.
+        workers: threads that take a layer each; torch should have one for each of them. Within an operation threads
+            spin until the last one is done: two beside busy processes took ten times as long as two workers.
 
     Raises:
         ValueError: a shape does not fit or a value is not finite.
     """
     page_size, heads, k_dim = statistics[0].sample.keys.shape[1:]
     allocator = Allocator(page_size, k_dim, statistics[0].sample.values.shape[-1])
-    measured = [_measure(_few_pages(layer) if quick else layer, scale) for layer in statistics]
-    paths = []
-    mean = frame_bytes / (len(measured) * heads)
-    for layer in measured:
+    mean = frame_bytes / (len(statistics) * heads)
+
+    def measured_layer(layer: LayerStatistics) -> tuple[_Measured, list[list[Step]]]:
+        found = _measure(_few_pages(layer) if quick else layer, scale)
+        paths = []
         for h in range(heads):
-            path = allocator.path(_energies(layer.rows, layer, h).mean(0).tolist(), int(LARGEST * mean))
+            path = allocator.path(_energies(found.rows, found, h).mean(0).tolist(), int(LARGEST * mean))
             paths.append([step for step in path if step.nbytes >= SMALLEST * mean] or path[-1:])
-    sizes = share_out(paths, frame_bytes)
-    plans = []
-    for i, layer in enumerate(measured):
-        own = sizes[i * heads : (i + 1) * heads]
+        return found, paths
+
+    def layer_plan(layer: _Measured, paths: list[list[Step]], own: list[int]) -> LayerPlan:
         if quick:
-            plan = tuple(_quick_head(layer, h, paths[i * heads + h], allocator, own[h]) for h in range(heads))
+            plan = tuple(_quick_head(layer, h, paths[h], allocator, own[h]) for h in range(heads))
         else:
             plan = tuple(_head(layer, h, allocator, own[h], scale) for h in range(heads))
-        plans.append(LayerPlan(layer.basis, plan))
-    return plans
+        return LayerPlan(layer.basis, plan)
+
+    with ThreadPoolExecutor(workers) as pool:
+        each = pool.map if workers > 1 else map
+        measured, paths = zip(*each(measured_layer, statistics), strict=True)
+        sizes = iter(share_out([path for layer in paths for path in layer], frame_bytes))
+        own = [[next(sizes) for _ in range(heads)] for _ in measured]
+        return list(each(layer_plan, measured, paths, own))
 
 
 def share_out(paths: Sequence[Sequence[Step]], total: int) -> list[int]:

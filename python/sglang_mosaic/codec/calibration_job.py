@@ -89,14 +89,14 @@ def statistics_from_bytes(data: bytes) -> CalibrationInput:
         raise StatisticsError(f"not the statistics of a calibration: {error}") from error
 
 
-def run(statistics: bytes) -> bytes:
-    """Bytes of the epoch (storage.epoch_from_bytes) of some statistics.
+def run(statistics: bytes, workers: int = 1) -> bytes:
+    """Bytes of the epoch (storage.epoch_from_bytes) of some statistics; `workers` as of `make_plan`.
 
     Raises:
         StatisticsError: it cannot be made.
     """
     given = statistics_from_bytes(statistics)
     try:
-        return epoch_to_bytes(calibrate(given))
+        return epoch_to_bytes(calibrate(given, workers=workers))
     except (ValueError, RuntimeError, IndexError) as error:
         raise StatisticsError(f"no calibration can be made of these statistics: {error}") from error

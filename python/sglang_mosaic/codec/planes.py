@@ -340,13 +340,13 @@ class PlanesCodec(Codec):
         return known
 
 
-def calibrate(given: CalibrationInput, quick: bool = False) -> PlanesEpoch:
-    """The epoch of some statistics; `quick` as of `make_plan`. Pure.
+def calibrate(given: CalibrationInput, quick: bool = False, workers: int = 1) -> PlanesEpoch:
+    """The epoch of some statistics; `quick` and `workers` as of `make_plan`. Pure.
 
     Raises:
         ValueError: a value is not finite.
     """
-    return PlanesEpoch(make_plan(given.layers, given.frame_bytes, given.scale, quick), given.page_size)
+    return PlanesEpoch(make_plan(given.layers, given.frame_bytes, given.scale, quick, workers), given.page_size)
 
 
 def planes_of(epoch: Epoch | None) -> PlanesEpoch:

@@ -1,5 +1,7 @@
-"""Process of one calibration: `python -m sglang_mosaic.manager.calibrate_job PARENT INPUT OUTPUT`, the last two being
-inherited file descriptors of statistics and of an empty file for the epoch. Exit status 0: the epoch is complete.
+"""Process of one calibration: `python -m sglang_mosaic.manager.calibrate_job PARENT INPUT OUTPUT WORKERS`.
+
+INPUT and OUTPUT are inherited file descriptors, of statistics and of an empty file for the epoch. Exit status 0: it is
+complete.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ from sglang_mosaic.manager.child import follow_parent
 
 def main(argv: list[str]) -> int:
     """Run it; returns the exit status."""
-    parent, source, target = (int(argument) for argument in argv)
+    parent, source, target, workers = (int(argument) for argument in argv)
     follow_parent(parent)
     # torch takes seconds and hundreds of MiB, which go with this process.
     from sglang_mosaic.codec.calibration_job import StatisticsError, run
@@ -19,7 +21,7 @@ def main(argv: list[str]) -> int:
     with open(source, "rb") as file:
         statistics = file.read()
     try:
-        epoch = run(statistics)
+        epoch = run(statistics, workers)
     except StatisticsError as error:
         print(f"sglang_mosaic manager: calibration: {error}", file=sys.stderr)
         return 1

@@ -35,7 +35,8 @@ class Calibrator:
     """
 
     def __init__(self, threads: int) -> None:
-        self._environment = {**os.environ, **thread_limits(threads)}
+        self._threads = threads
+        self._environment = {**os.environ, **thread_limits(1)}
         self._job: _Job | None = None
 
     @property
@@ -54,7 +55,7 @@ class Calibrator:
             os.lseek(source, 0, os.SEEK_SET)
             command = [sys.executable, "-m", "sglang_mosaic.manager.calibrate_job", str(os.getpid())]
             process = subprocess.Popen(
-                [*command, str(source), str(output)],
+                [*command, str(source), str(output), str(self._threads)],
                 pass_fds=(source, output),
                 stdin=subprocess.DEVNULL,
                 env=self._environment,
