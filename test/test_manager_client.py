@@ -18,6 +18,7 @@ from sglang_mosaic.codec.storage import epoch_from_bytes
 from sglang_mosaic.manager.client import Lookup, ManagerClient, Status
 from sglang_mosaic.manager.in_process import InProcessClient
 from sglang_mosaic.manager.options import ManagerOptions
+from sglang_mosaic.manager.store.record import Form
 from sglang_mosaic.manager.zmq_client import ZmqClient
 from sglang_mosaic.wire.messages import Meta, RecordKind
 
@@ -54,6 +55,35 @@ def test_a_page_comes_back(client: ManagerClient) -> None:
     until(client, lambda: client.lookup(key) is Lookup.HIT)
     found = answer(client, client.fetch(key))
     assert (found.status, found.key, found.meta, found.data) == (Status.OK, key, case.meta, frame)
+
+
+def test_a_page_that_is_asked_for_right_after_it_went_comes_back(client: ManagerClient) -> None:
+    case = frames()
+    for key, frame in zip(case.keys[:3], case.frames, strict=False):
+        assert client.put(key, case.meta, frame)
+    found = answer(client, client.fetch(case.keys[2]))
+    assert (found.status, found.data) == (Status.OK, case.frames[2])
+
+
+def test_a_page_that_was_damaged_in_memory_is_a_miss_and_may_come_anew() -> None:
+    case = frames()
+    key, frame = case.keys[0], case.frames[0]
+    client = connected(InProcessClient, dataclasses.replace(OPTIONS, host_raw_bytes=1 << 20))
+    try:
+        put(client, key, case.meta, frame)
+        until(client, lambda: client.lookup(key) is Lookup.HIT)
+        record = client._service.store.memory.peek((RecordKind.PAGE, key))
+        assert record.form is Form.RAW
+        damaged = bytearray(record.body)
+        damaged[100] ^= 1
+        client._service.store.memory.put(dataclasses.replace(record, body=bytes(damaged)))
+        assert answer(client, client.fetch(key)).status is Status.MISS
+        assert client.stats()["client"]["refused"] == 1
+        put(client, key, case.meta, frame)
+        until(client, lambda: client.lookup(key) is Lookup.HIT)
+        assert answer(client, client.fetch(key)).data == frame
+    finally:
+        client.close()
 
 
 def test_a_page_comes_back_after_recompression(client: ManagerClient) -> None:

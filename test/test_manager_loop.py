@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections import deque
 
+import pytest
 import zmq
 
-from manager_cases import frames
+from manager_cases import frames, waves
 from sglang_mosaic.manager.arrivals import Arrivals
 from sglang_mosaic.manager.options import ManagerOptions
 from sglang_mosaic.manager.process import _Loop
@@ -68,3 +70,70 @@ def test_a_page_that_somebody_waits_for_comes_before_those_that_go() -> None:
     (found,) = (reply for reply in router.replies if isinstance(reply, wire.Fetched) and reply.ticket == 6)
     assert memory.read(found.payload, found.key) == case.frames[1]
     memory.close()
+
+
+class SlowService:
+    """Answers puts when it is told to, in the place of one that copies and checks pages."""
+
+    def __init__(self) -> None:
+        self.began, self.goes_on = threading.Event(), threading.Event()
+        self.answered: list[int] = []
+
+    def answer(self, put: wire.Put) -> list[wire.Reply]:
+        self.began.set()
+        self.goes_on.wait(20)
+        if put.ticket == 13:
+            raise RuntimeError("thirteen")
+        self.answered.append(put.ticket)
+        return [wire.Stored(ticket=put.ticket, slot=put.payload.slot, accepted=True)]
+
+
+def put_of(ticket: int) -> wire.Put:
+    case = frames()
+    payload = wire.Payload(Slot(0, 1), 64, 0)
+    return wire.Put(ticket=ticket, key=case.keys[ticket], meta=case.meta, payload=payload, total=64)
+
+
+def fetch_of(ticket: int) -> wire.Fetch:
+    key = frames().keys[ticket]
+    return wire.Fetch(ticket=90, kind=RecordKind.PAGE, key=key, slot=Slot(1, 1), deadline=float("inf"), offset=0)
+
+
+def test_who_asks_for_the_page_that_is_being_taken_in_waits_for_it_alone() -> None:
+    service = SlowService()
+    arrivals = Arrivals(service)
+    arrivals.start()
+    try:
+        for ticket in (1, 2):
+            arrivals.add(put_of(ticket))
+        assert service.began.wait(20)
+        arrivals.settle(fetch_of(5))  # returns, though nothing goes on
+        arrivals.settle(wire.Ping(ticket=91))
+        asking = threading.Thread(target=arrivals.settle, args=(fetch_of(1),))
+        asking.start()
+        asking.join(0.1)
+        assert asking.is_alive() and arrivals.busy and service.answered == []
+        service.goes_on.set()
+        asking.join(20)
+        assert not asking.is_alive() and service.answered[0] == 1
+        for _ in waves():
+            if len(service.answered) == 2:
+                break
+        assert [reply.ticket for reply in arrivals.replies()] == [1, 2]
+        assert not arrivals.busy
+    finally:
+        service.goes_on.set()
+        arrivals.stop()
+
+
+def test_what_ends_the_thread_that_takes_pages_in_ends_the_manager() -> None:
+    service = SlowService()
+    service.goes_on.set()
+    arrivals = Arrivals(service)
+    arrivals.start()
+    arrivals.check()
+    arrivals.add(put_of(13))
+    with pytest.raises(RuntimeError, match="thirteen"):
+        for _ in waves():
+            arrivals.check()
+    arrivals.stop()

@@ -145,3 +145,18 @@ def test_a_child_sees_the_same_bytes(memory: SlotMemory) -> None:
     )
     subprocess.run([sys.executable, "-c", code], pass_fds=(memory.fd,), check=True)
     assert memory.read(Payload(Slot(1, 1), 14, checksum(KEY, b"from the child")), KEY) == b"from the child"
+
+
+def test_memory_is_there_before_it_is_written_to() -> None:
+    memory = SlotMemory.create(SLOTS, 100_000)
+    try:
+        payload = memory.write(Slot(1, 1), KEY, b"kept")
+        before = os.fstat(memory.fd).st_blocks * 512
+        memory.touch(8192)
+        given = os.fstat(memory.fd).st_blocks * 512 - before
+        assert 2 * 8192 <= given < 3 * memory.slot_bytes, "the first pages of the two other slots, not whole slots"
+        assert bytes(memory.read(payload, KEY)) == b"kept"
+        memory.touch(10**9)
+        assert os.fstat(memory.fd).st_blocks * 512 >= SLOTS * memory.slot_bytes
+    finally:
+        memory.close()

@@ -61,7 +61,10 @@ class Arrivals:
     def settle(self, request: wire.Request) -> None:
         """Wait until a request that came later has the answer that it would have in its turn."""
         while self._concern(request):
-            self._take_in()
+            with self._turn:
+                # It may have been the one that the other thread had.
+                if self._concern(request):
+                    self._take_in()
 
     def replies(self) -> list[wire.Reply]:
         """Answers since this was asked last."""
@@ -78,23 +81,24 @@ class Arrivals:
         return any(not isinstance(request, wire.Fetch) or put.key == request.key for put in puts)
 
     def _take_in(self) -> bool:
-        """The next one; False: there is none."""
-        with self._turn:
+        """The next one; False: there is none. Whoever calls has the turn."""
+        with self._lock:
+            self._current = put = self._puts.popleft() if self._puts else None
+        if put is None:
+            return False
+        try:
+            self._replies.extend(self._service.answer(put))
+        finally:
             with self._lock:
-                self._current = put = self._puts.popleft() if self._puts else None
-            if put is None:
-                return False
-            try:
-                self._replies.extend(self._service.answer(put))
-            finally:
-                with self._lock:
-                    self._current = None
+                self._current = None
         return True
 
     def _run(self) -> None:
         try:
             while not self._stopped:
-                if not self._take_in():
+                with self._turn:
+                    found = self._take_in()
+                if not found:
                     self._woken.wait()
                     self._woken.clear()
         except Exception as error:
