@@ -61,6 +61,8 @@ def value_weights(basis: LayerBasis, per_value: Sequence[float]) -> list[tuple[f
 def calibrate(query_energy: torch.Tensor | None, k_sample: torch.Tensor, v_sample: torch.Tensor) -> LayerBasis:
     """Bases of one layer. Pure; computed in float64 on the CPU, results on the device of `k_sample`.
 
+    What is needed of the samples, sums over their rows, is computed where they are.
+
     Args:
         query_energy: [H, Dk] float, mean square of the queries' channels, over the GQA group too; None counts all
             channels alike.
@@ -79,34 +81,41 @@ def calibrate(query_energy: torch.Tensor | None, k_sample: torch.Tensor, v_sampl
     _, heads, dim = k_sample.shape
     if query_energy is not None and query_energy.shape != (heads, dim):
         raise ValueError(f"query_energy must be {(heads, dim)}, got {tuple(query_energy.shape)}")
-    device = k_sample.device
-    keys, values = _heads_first(k_sample, "k_sample"), _heads_first(v_sample, "v_sample")
+    device, count = k_sample.device, len(k_sample)
+    keys, values = (x.detach().double().transpose(0, 1) for x in (k_sample, v_sample))
     if query_energy is None:
         rms = torch.ones(heads, dim, dtype=torch.float64)
     else:
-        rms = _rms(_finite(query_energy, "query_energy"))
-    scaled = keys * rms[:, None]
+        rms = _rms(_finite(query_energy.detach().to("cpu", torch.float64), "query_energy"))
     # Variance about the mean: every segment stores offsets of its own, so that a constant part of K costs no bits.
-    k_basis = rms[..., None] * _principal_directions(scaled - scaled.mean(1, keepdim=True))
-    k_basis = _normalised(keys, k_basis).float()
+    spread = rms[:, :, None] * _products(keys - keys.mean(1, keepdim=True), "k_sample") * rms[:, None]
+    k_basis = rms[..., None] * _principal_directions(spread)
+    largest = _lengths(_products(keys, "k_sample"), k_basis, count).amax(1)[:, None, None]
+    k_basis = (k_basis / torch.where(largest > 0, largest, 1.0)).float()
     # Inverse of the rounded basis: what float32 loses is then not lost twice.
     q_basis = torch.linalg.inv(k_basis.double()).transpose(1, 2)
-    v_basis = _principal_directions(values)
-    rms = (values @ v_basis).square().mean(1, keepdim=True).sqrt()
-    rms = torch.maximum(rms, rms.amax(2, keepdim=True) * LEAST_V)
-    v_basis = v_basis / torch.where(rms > 0, rms, 1.0)
+    products = _products(values, "v_sample")
+    v_basis = _principal_directions(products)
+    lengths = _lengths(products, v_basis, count)[:, None]
+    lengths = torch.maximum(lengths, lengths.amax(2, keepdim=True) * LEAST_V)
+    v_basis = v_basis / torch.where(lengths > 0, lengths, 1.0)
     return LayerBasis(*(b.float().contiguous().to(device) for b in (k_basis, q_basis, v_basis)))
 
 
 def _finite(x: torch.Tensor, name: str) -> torch.Tensor:
-    x = x.detach().to("cpu", torch.float64)
     if not torch.isfinite(x).all():
         raise ValueError(f"{name} must be finite, found NaN or infinity")
     return x
 
 
-def _heads_first(sample: torch.Tensor, name: str) -> torch.Tensor:
-    return _finite(sample, name).transpose(0, 1).contiguous()
+def _products(rows: torch.Tensor, name: str) -> torch.Tensor:
+    """Sums over rows [H, N, D] of the products of every two channels, [H, D, D] on the CPU."""
+    return _finite((rows.transpose(1, 2) @ rows).cpu(), name)
+
+
+def _lengths(products: torch.Tensor, basis: torch.Tensor, count: int) -> torch.Tensor:
+    """Root mean squares [H, D] of `count` rows, whose products these are, along the columns of `basis` [H, D, D]."""
+    return (basis * (products @ basis)).sum(1).clamp_min(0).div(count).sqrt()
 
 
 def _rms(energy: torch.Tensor) -> torch.Tensor:
@@ -116,16 +125,10 @@ def _rms(energy: torch.Tensor) -> torch.Tensor:
     return (energy / torch.where(mean > 0, mean, 1.0) + RIDGE).sqrt()
 
 
-def _principal_directions(rows: torch.Tensor) -> torch.Tensor:
-    """Orthogonal [H, D, D] for rows [H, N, D]: columns by falling energy, signs fixed."""
-    _, directions = torch.linalg.eigh(rows.transpose(1, 2) @ rows)
+def _principal_directions(products: torch.Tensor) -> torch.Tensor:
+    """Orthogonal [H, D, D]: columns by falling energy of the rows that have these products, signs fixed."""
+    _, directions = torch.linalg.eigh(products)
     directions = directions.flip(-1)
     # An eigenvector's sign is arbitrary; its largest component is made positive.
     largest = directions.abs().argmax(1, keepdim=True)
     return directions * torch.where(directions.gather(1, largest) < 0, -1.0, 1.0)
-
-
-def _normalised(rows: torch.Tensor, basis: torch.Tensor) -> torch.Tensor:
-    """`basis` [H, D, D] over the largest channel rms of `rows @ basis`, per head."""
-    rms = (rows @ basis).square().mean(1).sqrt().amax(1)[:, None, None]
-    return basis / torch.where(rms > 0, rms, 1.0)
