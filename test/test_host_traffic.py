@@ -146,6 +146,42 @@ def test_without_room_for_all_the_start_of_a_sequence_is_kept() -> None:
     tier.close()
 
 
+def test_starts_of_sequences_take_the_room_of_ends_that_wait() -> None:
+    codec = PlanesCodec(LAYERS, HEADS, DIM, DIM, device=DEVICE)
+    memory = pool(most_bytes=3 * codec.frame_bytes + 8)
+    memory.allocate(list(range(1, PAGES + 1)), sinks=[1])
+    memory.begin_forward()
+    memory.will_write(torch.arange(PAGE_SIZE, (PAGES + 1) * PAGE_SIZE, device=DEVICE))
+    memory.begin_forward()
+    keys = page_keys(namespace("test"), range(PAGES * PAGE_SIZE))
+    tier = memory.host.tier
+    taken, tier._spare_slots = tier._spare_slots, 8  # the manager takes nothing meanwhile
+    for pages in ([5, 6], [4], [2, 3]):
+        memory.free(pages)
+        memory.host.evicted(pages, keys[pages[0] - 1 : pages[-1]], (pages[0] - 1) * PAGE_SIZE)
+        memory.begin_forward()
+        while tier._copies.nbytes:
+            tier.poll()
+    tier._spare_slots = taken
+    while tier.busy:
+        tier.poll()
+    assert [bool(tier.held([key])) for key in keys[1:6]] == [True, True, True, False, False]
+    assert (tier.counters.offered, tier.counters.dropped) == (5, 2)
+    tier.close()
+
+
+def test_what_is_farther_than_all_that_wait_has_no_room() -> None:
+    memory = pool()
+    tier = memory.host.tier
+    tier._outbox.update((bytes([i]), HostPage("", bytes(10), 64 * i)) for i in range(3))
+    tier._outbox_bytes, tier._most_bytes = 30, 35
+    assert tier.make_room([128, 192], 10) == 0 and tier.counters.dropped == 0
+    assert tier.make_room([64, 128], 10) == 1 and tier.counters.dropped == 1
+    assert list(tier._outbox) == [bytes([0]), bytes([1])] and tier._outbox_bytes == 20
+    assert tier.make_room([0, 64, 128], 5) == 3 and tier.counters.dropped == 1
+    tier.close()
+
+
 def test_what_the_host_has_is_not_copied_again() -> None:
     memory = pool()
     keys = page_keys(namespace("test"), range(2 * PAGE_SIZE))

@@ -70,6 +70,29 @@ class HostTier:
         """Pages that `keep` has room for."""
         return max(self._most_bytes - self._waiting_bytes, 0) // page_bytes
 
+    def make_room(self, positions: Sequence[int], page_bytes: int) -> int:
+        """Drop pages that wait and are farther from the starts of their sequences, the farthest first: a tree gives up
+        sequences from their ends, and without a page those behind it are of no use.
+
+        Args:
+            positions: of the pages that are to have room, ascending.
+
+        Returns:
+            How many of these have room now, from the first on.
+        """
+        free = self._most_bytes - self._waiting_bytes
+        waiting = sorted(self._outbox, key=lambda key: self._outbox[key].position)
+        for i, position in enumerate(positions):
+            while free < page_bytes and waiting and self._outbox[waiting[-1]].position > position:
+                length = len(self._outbox.pop(waiting.pop()).data)
+                self._outbox_bytes -= length
+                self.counters.dropped += 1
+                free += length
+            if free < page_bytes:
+                return i
+            free -= page_bytes
+        return len(positions)
+
     def keep(self, labels: list[Label], rows: torch.Tensor) -> None:
         """Pages leave the pool.
 

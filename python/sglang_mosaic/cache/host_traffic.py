@@ -87,11 +87,12 @@ class HostTraffic:
         counters = self.tier.counters
         counters.offered += len(copies)
         for (epoch, exact), run in itertools.groupby(copies, lambda copy: (copy.epoch, copy.exact)):
-            alike = list(run)
-            room = self.tier.room(self._bytes(epoch, exact))
-            if room < len(alike):
+            alike, page_bytes = list(run), self._bytes(epoch, exact)
+            if self.tier.room(page_bytes) < len(alike):
+                alike.sort(key=lambda copy: copy.position)
+                room = self.tier.make_room([copy.position for copy in alike], page_bytes)
                 counters.dropped += len(alike) - room
-                alike = sorted(alike, key=lambda copy: copy.position)[:room]
+                alike = alike[:room]
             if alike:
                 self._copy_alike(alike, epoch, exact)
 
