@@ -53,7 +53,7 @@ class PrefillTime:
         for alike in (self._plain, self._compressed) if compressed else (self._plain,):
             no_more = [one.seconds for one in alike if one.tokens <= tokens and one.compressed <= compressed]
             if len(no_more) >= FEWEST:
-                least_s = min(no_more)
+                least_s = max(least_s, min(no_more))
         return max(tokens * token_s, least_s)
 
     def start(self, device: torch.device) -> Any:
