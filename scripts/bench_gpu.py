@@ -1,4 +1,5 @@
-"""Measures this machine's GPU: kernels, the time of a token and of a prompt, and chats, one after another.
+"""Measures this machine's GPU: kernels, the time of a token and of a prompt, chats, and pages that come back from the
+host, one after another.
 
     make bench-gpu
     make bench-gpu ARGS="--only steps chat --out results"
@@ -33,11 +34,13 @@ SERVERS = (
     "--load-format dummy --sampling-backend pytorch --disable-piecewise-cuda-graph --cuda-graph-max-bs 32 "
     "--mem-fraction-static 0.85 --context-length 140000"
 )
+STOCK = "--stock-args=--attention-backend flashinfer"
 PAIR = (
-    *("--compare", "--model-path", str(MODEL), f"--server-args={SERVERS}"),
-    "--stock-args=--attention-backend flashinfer",
+    *("--compare", "--model-path", str(MODEL), f"--server-args={SERVERS}", STOCK),
     "--mosaic-args=--mosaic-encode seal --mosaic-select 0.05 --mosaic-select-steps 4",
 )
+HOST_GB, HOST_KV_TOKENS = 16, 40_960
+HOST_SERVERS = f"{SERVERS} --page-size 64"
 VERDICTS = {0: "passed", 1: "gate failed"}
 
 
@@ -50,16 +53,21 @@ class Step:
     options: tuple[str, ...] = ()
     # Of its files, without the GPU's name; None: it writes none.
     report: str | None = None
+    # Whether there is a figure.
+    draws: bool = True
     # Starts servers of the shaped model.
     serves: bool = False
+    # And keeps what they say.
+    logs: bool = False
 
     def files(self, out: Path, gpu: str) -> list[Path]:
         """What it writes."""
-        return [out / f"{self.report}-{gpu}.{kind}" for kind in ("json", "png")] if self.report else []
+        kinds = ("json", "png") if self.draws else ("json",)
+        return [out / f"{self.report}-{gpu}.{kind}" for kind in kinds] if self.report else []
 
     def command(self, out: Path, gpu: str) -> list[str]:
         """The command line."""
-        logs = ("--log-dir", str(SCRATCH / self.name)) if self.serves else ()
+        logs = ("--log-dir", str(SCRATCH / self.name)) if self.logs else ()
         files = [word for file in self.files(out, gpu) for word in (f"--{file.suffix[1:]}", str(file))]
         return [sys.executable, self.script, *self.options, *logs, *files]
 
@@ -67,12 +75,14 @@ class Step:
 SHAPED_MODEL = Step("model", "benchmark/common/shaped_model.py", (str(MODEL),))
 STEPS = (
     Step("kernels", "benchmark/kernels/run.py", ("--crossover",), report="kernels"),
+    Step("prefill", "benchmark/kernels/prefill.py", report="kernels-prefill", draws=False),
     Step(
         "steps",
         "benchmark/serving/steps.py",
         (*PAIR, "--kv-tokens", "150000"),
         report="served-steps-8b",
         serves=True,
+        logs=True,
     ),
     Step(
         "chat",
@@ -83,6 +93,32 @@ STEPS = (
             *("--system-tokens", "32000", "--first-tokens", "32000", "--user-tokens", "1000", "--output-tokens", "256"),
         ),
         report="served-chat-8b",
+        serves=True,
+        logs=True,
+    ),
+    Step(
+        "host",
+        "benchmark/serving/shared_prefix_chat.py",
+        (
+            *("--compare", "--model-path", str(MODEL), f"--server-args={HOST_SERVERS}", STOCK),
+            # Prompts of six times the KV memory. In the first turn kernels are compiled and the codec is calibrated.
+            *("--kv-tokens", str(HOST_KV_TOKENS), "--host-gb", str(HOST_GB), "--users", "20", "--turns", "5"),
+            *("--warm-turns", "1", "--system-tokens", "2000", "--user-tokens", "2400", "--output-tokens", "16"),
+            *("--concurrency", "4", "--think-time", "1"),
+        ),
+        report="served-host-8b",
+        serves=True,
+        logs=True,
+    ),
+    Step(
+        "break-even",
+        "benchmark/manager/break_even.py",
+        (
+            *("--model-path", str(MODEL), "--pages", "16", "64", "256", "1024"),
+            f"--server-args={SERVERS} --mosaic-encode seal --mosaic-kv-mib 5120 --mosaic-host-gb {HOST_GB} "
+            "--mosaic-restore-from 1",
+        ),
+        report="break-even",
         serves=True,
     ),
 )

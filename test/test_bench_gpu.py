@@ -15,13 +15,18 @@ import bench_gpu  # noqa: E402
 
 from benchmark.common import compare, shaped_model  # noqa: E402
 from benchmark.kernels import options as kernel_options  # noqa: E402
+from benchmark.kernels import prefill  # noqa: E402
+from benchmark.manager import break_even  # noqa: E402
 from benchmark.serving import shared_prefix_chat, steps  # noqa: E402
 
 PARSERS = {
     "model": shaped_model.parse_arguments,
     "kernels": lambda argv: kernel_options.parse_arguments("", argv),
+    "prefill": prefill.parse_arguments,
     "steps": steps.parse_arguments,
     "chat": shared_prefix_chat.parse_arguments,
+    "host": shared_prefix_chat.parse_arguments,
+    "break-even": break_even.parse_arguments,
 }
 
 
@@ -37,8 +42,9 @@ def test_dry_run_prints_the_commands(monkeypatch: pytest.MonkeyPatch, capsys: py
     monkeypatch.setattr(bench_gpu, "run", lambda *arguments: pytest.fail("it ran something"))
     assert bench_gpu.main(["--dry-run"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split(":")[0] for line in lines] == ["--- model", "--- kernels", "--- steps", "--- chat"]
-    assert "--load-format dummy" in lines[2] and "--json benchmark/results/served-steps-8b-gpu.json" in lines[2]
+    names = ["model", "kernels", "prefill", "steps", "chat", "host", "break-even"]
+    assert [line.split(":")[0] for line in lines] == [f"--- {name}" for name in names]
+    assert "--load-format dummy" in lines[3] and "--json benchmark/results/served-steps-8b-gpu.json" in lines[3]
     assert bench_gpu.main(["--dry-run", "--only", "kernels"]) == 0
     assert len(capsys.readouterr().out.splitlines()) == 1
 
@@ -49,22 +55,26 @@ def test_the_benchmarks_take_these_options(step: bench_gpu.Step, tmp_path: Path)
     assert (ROOT / command[1]).is_file()
     args = PARSERS[step.name](command[2:])
     if step.serves:
-        compare.check_target(args)
         assert args.model_path == str(bench_gpu.MODEL)
-        stock, mosaic = compare.systems_to_compare(args, bytes_per_token=131_072)
-        assert "flashinfer" in stock.argv and "dummy" in stock.argv and "--mosaic-select" in mosaic.argv
+    if step.logs:
+        compare.check_target(args)
+        stock, *_, mosaic = compare.systems_to_compare(args, bytes_per_token=131_072)
+        assert "flashinfer" in stock.argv and "dummy" in stock.argv
+        assert ("--mosaic-host-gb" if step.name == "host" else "--mosaic-select") in mosaic.argv
     if step.report:
-        assert args.json == tmp_path / f"{step.report}-h100.json" and args.png == args.json.with_suffix(".png")
+        assert args.json == tmp_path / f"{step.report}-h100.json"
+        assert not step.draws or args.png == args.json.with_suffix(".png")
 
 
 def test_it_goes_on_after_a_failure(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    statuses = {"model": 0, "kernels": 1, "steps": 2, "chat": 0}
+    statuses = {"model": 0, "kernels": 1, "prefill": 0, "steps": 2, "chat": 0, "host": 0, "break-even": 0}
+    commands = {step.command(tmp_path, "h200")[-1]: step.name for step in (bench_gpu.SHAPED_MODEL, *bench_gpu.STEPS)}
     ran = []
 
     def fake_run(argv: list[str], **more: object) -> subprocess.CompletedProcess[str]:
-        (name,) = (step.name for step in (bench_gpu.SHAPED_MODEL, *bench_gpu.STEPS) if step.script == argv[1])
+        name = commands[argv[-1]]
         ran.append(name)
         if name == "chat":
             Path(argv[argv.index("--json") + 1]).write_text("{}")
@@ -74,7 +84,7 @@ def test_it_goes_on_after_a_failure(
     monkeypatch.setattr(subprocess, "run", fake_run)
     assert bench_gpu.main(["--out", str(tmp_path)]) == 1
     assert ran == list(statuses)
-    table = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()[-4:]}
+    table = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()[-len(statuses) :]}
     assert "passed" in table["model"] and "gate failed" in table["kernels"]
     assert "no result (exit status 2)" in table["steps"]
     assert "passed" in table["chat"] and str(tmp_path / "served-chat-8b-h200.json") in table["chat"]
