@@ -258,5 +258,5 @@ def test_tables_stay_where_they_are_unless_more_is_needed(memory):
 def test_compiling_in_advance_leaves_the_pool_as_it_is(memory, monkeypatch):
     monkeypatch.setattr(warm_up_module, "PAGES", 3)
     before = memory.slab.frames.clone()
-    warm_up_module.warm_up(memory, memory.dense_k[0].shape[1] * GROUP)
+    warm_up_module.warm_up(memory, memory.dense_k[0].shape[1] * GROUP, None)
     assert torch.equal(memory.slab.frames, before)

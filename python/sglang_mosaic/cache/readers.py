@@ -53,7 +53,7 @@ class Readers:
             if config.compresses:
                 from sglang_mosaic.cache.warm_up import warm_up
 
-                warm_up(memory, memory.dense_k[0].shape[1] * group)
+                warm_up(memory, memory.dense_k[0].shape[1] * group, self._ragged)
         elif config.select:
             self._selections = Selections(config)
 
