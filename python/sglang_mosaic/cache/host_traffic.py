@@ -70,10 +70,10 @@ class HostTraffic:
         """
         lifecycle, epochs = self._memory.lifecycle, self._memory.epochs
         mosaic = [(page, content) for page, content in zip(pages, contents, strict=True) if content.epoch]
-        for page, content in mosaic:
-            number = epochs.number(content.epoch)
+        for epoch, run in itertools.groupby(mosaic, lambda one: one[1].epoch):
+            number = epochs.number(epoch)
             assert number is not None  # valid pages are of a live epoch
-            epochs.assign([lifecycle.restore_mosaic(page, content.data)], number)
+            epochs.assign([lifecycle.restore_mosaic(page, content.data) for page, content in run], number)
         # Dense pages last: making room for one takes mosaic frames.
         for i, (page, content) in enumerate(zip(pages, contents, strict=True)):
             if not content.epoch:
