@@ -55,7 +55,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model-path", metavar="MODEL", help="checkpoint folder (default: the embedded SmolLM2)")
     parser.add_argument(
-        "--pages", type=integer(1), nargs="+", default=[1, 2, 4, 8, 16, 24], help="of 64 tokens (default %(default)s)"
+        "--pages", type=integer(1), nargs="+", default=[1, 2, 4, 8, 16, 20], help="of 64 tokens (default %(default)s)"
     )
     parser.add_argument("--rounds", type=integer(1), default=2, help="of restored prompts (default %(default)s)")
     parser.add_argument(
