@@ -53,6 +53,16 @@ def pool(encode: str = "seal", most_bytes: int = 1 << 26, max_error: float | Non
     return memory
 
 
+def pool_with_room_for(pages: int) -> tuple[PageMemory, list[bytes]]:
+    """A pool whose eight pages are written and compressed, of which so many may wait for the manager, and keys for them."""
+    memory = pool(most_bytes=pages * PlanesCodec(LAYERS, HEADS, DIM, DIM, device=DEVICE).frame_bytes + 8)
+    memory.allocate(list(range(1, PAGES + 1)), sinks=[1])
+    memory.begin_forward()
+    memory.will_write(torch.arange(PAGE_SIZE, (PAGES + 1) * PAGE_SIZE, device=DEVICE))
+    memory.begin_forward()
+    return memory, page_keys(namespace("test"), range(PAGES * PAGE_SIZE))
+
+
 def contents(memory: PageMemory, pages: list[int]) -> list[list[torch.Tensor]]:
     """What attention would read of each page."""
     frames = memory.table.frames[pages]
@@ -126,13 +136,7 @@ def test_pages_come_back_as_they_were(encoded: bool) -> None:
 
 def test_without_room_for_all_the_start_of_a_sequence_is_kept() -> None:
     """Compressed pages take the room of compressed pages."""
-    codec = PlanesCodec(LAYERS, HEADS, DIM, DIM, device=DEVICE)
-    memory = pool(most_bytes=3 * codec.frame_bytes + 8)
-    memory.allocate(list(range(1, PAGES + 1)), sinks=[1])
-    memory.begin_forward()
-    memory.will_write(torch.arange(PAGE_SIZE, (PAGES + 1) * PAGE_SIZE, device=DEVICE))
-    memory.begin_forward()
-    keys = page_keys(namespace("test"), range(PAGES * PAGE_SIZE))
+    memory, keys = pool_with_room_for(3)
     memory.free([2, 3, 4, 5, 6])
     # As a tree is evicted: the end of a sequence first.
     memory.host.evicted([4, 5, 6], keys[3:6], 3 * PAGE_SIZE)
@@ -147,13 +151,7 @@ def test_without_room_for_all_the_start_of_a_sequence_is_kept() -> None:
 
 
 def test_starts_of_sequences_take_the_room_of_ends_that_wait() -> None:
-    codec = PlanesCodec(LAYERS, HEADS, DIM, DIM, device=DEVICE)
-    memory = pool(most_bytes=3 * codec.frame_bytes + 8)
-    memory.allocate(list(range(1, PAGES + 1)), sinks=[1])
-    memory.begin_forward()
-    memory.will_write(torch.arange(PAGE_SIZE, (PAGES + 1) * PAGE_SIZE, device=DEVICE))
-    memory.begin_forward()
-    keys = page_keys(namespace("test"), range(PAGES * PAGE_SIZE))
+    memory, keys = pool_with_room_for(3)
     tier = memory.host.tier
     taken, tier._spare_slots = tier._spare_slots, 8  # the manager takes nothing meanwhile
     for pages in ([5, 6], [4], [2, 3]):
