@@ -54,7 +54,7 @@ def pool(encode: str = "seal", most_bytes: int = 1 << 26, max_error: float | Non
 
 
 def pool_with_room_for(pages: int) -> tuple[PageMemory, list[bytes]]:
-    """A pool of written pages, most of them compressed, of which so many may wait for the manager; and keys for them."""
+    """A pool of written pages, most of them compressed, so many of which may wait for the manager, and their keys."""
     memory = pool(most_bytes=pages * PlanesCodec(LAYERS, HEADS, DIM, DIM, device=DEVICE).frame_bytes + 8)
     memory.allocate(list(range(1, PAGES + 1)), sinks=[1])
     memory.begin_forward()
