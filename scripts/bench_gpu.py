@@ -57,7 +57,7 @@ class Step:
     draws: bool = True
     # Starts servers of the shaped model.
     serves: bool = False
-    # And keeps what they say.
+    # And takes --log-dir for what they say.
     logs: bool = False
 
     def files(self, out: Path, gpu: str) -> list[Path]:

@@ -107,6 +107,17 @@ def test_a_process_is_watched_while_it_lives(tmp_path: Path, monkeypatch: pytest
     assert last.memory_mib == {}
 
 
+def test_memory_on_gpus_is_that_of_each_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tool = tmp_path / "nvidia-smi"
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert watch_module.gpu_memory() == {}
+    tool.write_text("#!/bin/sh\necho '7, 100'; echo '8, [N/A]'; echo '7, 20'\n")
+    tool.chmod(0o755)
+    assert watch_module.gpu_memory() == {7: 120.0}
+    tool.write_text("#!/bin/sh\nexit 9\n")
+    assert watch_module.gpu_memory() == {}
+
+
 def test_requests_differ_from_batch_to_batch_until_they_are_stopped() -> None:
     stopped = threading.Event()
     batch = jobs(3, stopped)

@@ -134,32 +134,21 @@ def test_pages_come_back_as_they_were(encoded: bool) -> None:
     tier.close()
 
 
-def test_without_room_for_all_the_start_of_a_sequence_is_kept() -> None:
+@pytest.mark.parametrize("together", [True, False], ids=["in one forward", "while the ends wait"])
+def test_without_room_for_all_the_start_of_a_sequence_is_kept(together: bool) -> None:
     """Compressed pages take the room of compressed pages."""
-    memory, keys = pool_with_room_for(3)
-    memory.free([2, 3, 4, 5, 6])
-    # As a tree is evicted: the end of a sequence first.
-    memory.host.evicted([4, 5, 6], keys[3:6], 3 * PAGE_SIZE)
-    memory.host.evicted([2, 3], keys[1:3], PAGE_SIZE)
-    memory.begin_forward()
-    tier = memory.host.tier
-    while tier.busy:
-        tier.poll()
-    assert [bool(tier.held([key])) for key in keys[1:6]] == [True, True, True, False, False]
-    assert (tier.counters.offered, tier.counters.dropped) == (5, 2)
-    tier.close()
-
-
-def test_starts_of_sequences_take_the_room_of_ends_that_wait() -> None:
     memory, keys = pool_with_room_for(3)
     tier = memory.host.tier
     taken, tier._spare_slots = tier._spare_slots, 8  # the manager takes nothing meanwhile
+    # As a tree is evicted: the end of a sequence first.
     for pages in ([5, 6], [4], [2, 3]):
         memory.free(pages)
         memory.host.evicted(pages, keys[pages[0] - 1 : pages[-1]], (pages[0] - 1) * PAGE_SIZE)
-        memory.begin_forward()
-        while tier._copies.nbytes:
-            tier.poll()
+        if not together:
+            memory.begin_forward()
+            while tier._copies.nbytes:
+                tier.poll()
+    memory.begin_forward()
     tier._spare_slots = taken
     while tier.busy:
         tier.poll()
@@ -174,6 +163,7 @@ def test_what_is_farther_than_all_that_wait_has_no_room() -> None:
     tier._outbox.update((bytes([i]), HostPage("", bytes(10), 64 * i)) for i in range(3))
     tier._outbox_bytes, tier._most_bytes = 30, 35
     assert tier.make_room([128, 192], 10) == 0 and tier.counters.dropped == 0
+    assert tier.make_room([100], 25) == 0 and tier.counters.dropped == 0, "the one that is farther is too small"
     assert tier.make_room([64, 128], 10) == 1 and tier.counters.dropped == 1
     assert list(tier._outbox) == [bytes([0]), bytes([1])] and tier._outbox_bytes == 20
     assert tier.make_room([0, 64, 128], 5) == 3 and tier.counters.dropped == 1

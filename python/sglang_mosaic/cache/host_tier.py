@@ -83,13 +83,15 @@ class HostTier:
         free = self._most_bytes - self._waiting_bytes
         waiting = sorted(self._outbox, key=lambda key: self._outbox[key].position)
         for i, position in enumerate(positions):
+            farther = []
             while free < page_bytes and waiting and self._outbox[waiting[-1]].position > position:
-                length = len(self._outbox.pop(waiting.pop()).data)
-                self._outbox_bytes -= length
-                self.counters.dropped += 1
-                free += length
+                farther.append(waiting.pop())
+                free += len(self._outbox[farther[-1]].data)
             if free < page_bytes:
-                return i
+                return i  # none goes for nothing
+            for key in farther:
+                self._outbox_bytes -= len(self._outbox.pop(key).data)
+            self.counters.dropped += len(farther)
             free -= page_bytes
         return len(positions)
 
