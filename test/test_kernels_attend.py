@@ -9,8 +9,11 @@ from mosaic_kernels.attend_pages.launch import attend_pages
 from mosaic_kernels.combine import reference as combine_reference
 from mosaic_kernels.combine.launch import combine
 from mosaic_kernels.page_batch import Item, cut, plan
+from mosaic_kernels.segment import SegmentFormat
 from mosaic_kernels.segment_decode.launch import decode_frames
-from mosaic_kernels.segment_table import make_table
+from mosaic_kernels.segment_decode.reference import decode
+from mosaic_kernels.segment_encode.reference import pack
+from mosaic_kernels.segment_table import HeadFormats, make_table
 from mosaic_kernels.topk.segment import TopKFormat
 from triton_device import DEVICE, INTERPRETED
 
@@ -23,11 +26,17 @@ SHAPES = {
     "d256": dict(k_dim=256, v_dim=256, heads=1, group=2),
     "uneven": dict(k_dim=96, v_dim=48, heads=3, group=2),
     "planes-only": dict(k_dim=64, v_dim=64, group=8, sparse=False, exceptions=False, formats=1),
+    "d128-planes": dict(k_dim=128, v_dim=128, group=4, sparse=False, exceptions=False, formats=4),
+    "d256-planes": dict(k_dim=256, v_dim=256, heads=1, group=1, sparse=False, exceptions=False),
+    "uneven-planes": dict(k_dim=96, v_dim=48, heads=3, group=3, sparse=False, exceptions=False),
+    "wide-group": dict(k_dim=128, v_dim=64, group=16, sparse=False, exceptions=False),
 }
+# Of pages only.
+SHORT = {"short-pages": dict(k_dim=64, v_dim=64, group=2, sparse=False, exceptions=False, page_size=32)}
 
 
 def pool_of(shape, **options):
-    shape = dict(SHAPES[shape])
+    shape = dict((SHAPES | SHORT)[shape])
     group = shape.pop("group")
     return make_pool(**shape, **options), group
 
@@ -85,7 +94,7 @@ def test_what_is_not_to_occur_is_nan(rare: str) -> None:
                 assert one[h, frame].isnan().all() if unexpected else torch.equal(one[h, frame], other[h, frame])
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", SHAPES | SHORT)
 def test_attention_over_pages(shape: str) -> None:
     pool, group = pool_of(shape)
     batch = make_batch(pool, [1, 0, 5], programs=8, least_pages=2)
@@ -94,6 +103,30 @@ def test_attention_over_pages(shape: str) -> None:
     out, lse = attend_pages(q, pool.data, batch, pool.table, scale)
     wanted = attend_reference.attend_pages(q, *pool.decoded(batch.frames.tolist()), batch, scale)
     assert len(batch.pieces) > 2
+    assert (lse - wanted[1]).abs().max() < LOGITS
+    assert_close(out, wanted[0], OUTPUT)
+
+
+@pytest.mark.parametrize("bits", (0, 1, 2, 3, 4, 5, 6, 8))
+def test_attention_over_codes_of_any_width(bits: int) -> None:
+    # K and V of very different channels and tokens, some of them 0: what is summed in integers has units of its own.
+    generator = torch.Generator().manual_seed(bits)
+    widths = tuple(sorted((bits, 8, 4, 3, 2, 1, 0, bits), reverse=True))
+    fmt = SegmentFormat(k_dim=128, v_dim=128, k_bits=widths, v_bits=widths)
+    k, v = (torch.randn(3, 64, 128, generator=generator) for _ in range(2))
+    k = k * torch.logspace(1, -4, 128) + 5 * torch.randn(128, generator=generator)
+    v = v * torch.logspace(-3, 3, 64)[:, None]
+    v[0, 5], v[2] = 0, 0
+    data = torch.zeros(3, fmt.segment_bytes, dtype=torch.uint8)
+    pack(k, v, fmt, data)
+    table = make_table([[HeadFormats(0, (fmt,))]], DEVICE)
+    assert table.read_as_bytes
+    batch = plan([Item(0, 0, [0, 1, 2, 1])], 1, 1, 1, DEVICE)
+    q = torch.stack((torch.zeros(128), *torch.randn(3, 128, generator=generator) * torch.tensor([[0.01], [1], [4]])))
+    q = q[None, None].to(DEVICE)
+    out, lse = attend_pages(q, data.to(DEVICE), batch, table, 0.09)
+    decoded = [x[batch.frames.cpu()][None].to(DEVICE) for x in decode(data, fmt)]
+    wanted = attend_reference.attend_pages(q, *decoded, batch, 0.09)
     assert (lse - wanted[1]).abs().max() < LOGITS
     assert_close(out, wanted[0], OUTPUT)
 

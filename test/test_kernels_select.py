@@ -14,11 +14,11 @@ from mosaic_kernels.scan.launch import scan
 from mosaic_kernels.select import reference as select_reference
 from mosaic_kernels.select.launch import select
 from mosaic_kernels.select.selection import Selected, plan_selection
-from test_kernels_attend import SHAPES, assert_close, pool_of
+from test_kernels_attend import SHAPES, SHORT, assert_close, pool_of
 from triton_device import DEVICE
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", SHAPES | SHORT)
 def test_scan(shape: str) -> None:
     pool, group = pool_of(shape)
     batch = make_batch(pool, [1, 0, 4], programs=4, least_pages=2)

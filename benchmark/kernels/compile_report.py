@@ -33,6 +33,7 @@ from benchmark.kernels.sizes import SHARED_STEPS
 from mosaic_kernels.attend_dense import launch as attend_dense
 from mosaic_kernels.attend_dense.kernel import attend_dense_kernel, merge_pieces_kernel
 from mosaic_kernels.attend_pages import launch as attend_pages
+from mosaic_kernels.attend_pages.any_kernel import attend_any_pages_kernel
 from mosaic_kernels.attend_pages.kernel import attend_pages_kernel
 from mosaic_kernels.attend_selected import launch as attend_selected
 from mosaic_kernels.attend_selected.kernel import attend_selected_kernel
@@ -56,6 +57,7 @@ from mosaic_kernels.rotate_queries.kernel import rotate_queries_kernel
 from mosaic_kernels.rotate_rows import launch as rotate_rows
 from mosaic_kernels.rotate_rows.kernel import rotate_rows_kernel
 from mosaic_kernels.scan import launch as scan
+from mosaic_kernels.scan.any_kernel import scan_any_kernel
 from mosaic_kernels.scan.kernel import scan_kernel
 from mosaic_kernels.segment_choice import launch as segment_choice
 from mosaic_kernels.segment_choice.kernel import choose_kernel
@@ -65,7 +67,7 @@ from mosaic_kernels.segment_encode import launch as segment_encode
 from mosaic_kernels.segment_encode.kernel import encode_kernel
 from mosaic_kernels.segment_error import launch as segment_error
 from mosaic_kernels.segment_error.kernel import error_kernel
-from mosaic_kernels.segment_table import MOST_GROUP, padded
+from mosaic_kernels.segment_table import MOST_GROUP
 from mosaic_kernels.select import launch as select
 from mosaic_kernels.select.kernel import collect_kernel, count_kernel, threshold_kernel
 
@@ -102,6 +104,8 @@ class Kernel(NamedTuple):
     """Products and sums are not fused."""
     types: tuple[tuple[str, str], ...] = ()
     """Of arguments, instead of TYPES."""
+    registers: int | None = None
+    """That a thread may have, if its launch says so."""
 
 
 WIDE = "ROWS", MOST_GROUP
@@ -122,8 +126,10 @@ KERNELS = {
     "encode": Kernel(encode_kernel, segment_encode, (("TILE", segment_encode.TILE),), exact=True),
     "error": Kernel(error_kernel, segment_error, (("TILE", segment_error.TILE),), exact=True),
     "decode": Kernel(decode_kernel, segment_decode, (("TILE", segment_decode.TILE),)),
-    "attend_pages": Kernel(attend_pages_kernel, attend_pages, (("TILE", attend_pages.TILE),)),
-    "scan": Kernel(scan_kernel, scan),
+    "attend_pages": Kernel(attend_pages_kernel, attend_pages, (("TILE", attend_pages.BYTE_TILE),)),
+    "attend_pages: any": Kernel(attend_any_pages_kernel, attend_pages, (("TILE", attend_pages.TILE),)),
+    "scan": Kernel(scan_kernel, scan, registers=scan.REGISTERS),
+    "scan: any": Kernel(scan_any_kernel, scan),
     "select: count": Kernel(count_kernel, select, (("TILE", select.TILE), ("SHARED", SHARED_STEPS))),
     "select: threshold": Kernel(threshold_kernel, select, warps="THRESHOLD_WARPS"),
     "select: collect": Kernel(
@@ -193,7 +199,7 @@ def compile_kernel(kernel: Kernel, head_dim: int, group: int, arch: int) -> dict
     names = kernel.function.arg_names
     constants = {
         "HEADS": 8, "GROUP": group, "ROWS": attend_pages.query_rows(group), "FORMATS": 3, "PADDED": 4, "T": 64,
-        "R": padded(group), "DK": head_dim, "K_DIM": head_dim, "DV": head_dim, "V_DIM": head_dim,
+        "R": attend_pages.digit_rows(group), "DK": head_dim, "K_DIM": head_dim, "DV": head_dim, "V_DIM": head_dim,
         "DS": min(head_dim, 64), "D": head_dim, "DIM": head_dim, "INPUTS": head_dim,
         "OUTPUTS": min(head_dim, rotate_pages.OUTPUTS),
         "ANY_TOPK": False, "ANY_EXCEPTIONS": False, "TWO": True, "TOP_P": True, **dict(kernel.tiles),
@@ -207,7 +213,7 @@ def compile_kernel(kernel: Kernel, head_dim: int, group: int, arch: int) -> dict
         if signature[name].startswith("*") or name in _DIVISIBLE
     }
     warps = getattr(kernel.launch, kernel.warps)
-    options = {"num_warps": warps, "enable_fp_fusion": not kernel.exact}
+    options = {"num_warps": warps, "enable_fp_fusion": not kernel.exact, "maxnreg": kernel.registers}
     if hasattr(kernel.launch, "STAGES"):
         options["num_stages"] = kernel.launch.STAGES
     source = ASTSource(fn=kernel.function, signature=signature, constexprs=constants, attrs=aligned)

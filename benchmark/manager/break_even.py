@@ -5,8 +5,9 @@
 
 For every length, so many different prompts are asked for in turn that each is evicted before its next turn comes. In
 the first round they are computed, in the later ones they are restored, all but the last tokens, which are no whole
-page, or computed again where the server finds that faster. One request at a time; medians over prompts. "ratio": asked
-again / computed. Exit status: 0, 1 when pages were lost, 2 when there is no result.
+page, or computed again where the server finds that faster. Before it, as many others fill the pool, so that in every
+round a prompt takes the place of one of its length. One request at a time; medians over prompts. "ratio": asked again /
+computed. Exit status: 0, 1 when pages were lost, 2 when there is no result.
 """
 
 from __future__ import annotations
@@ -117,8 +118,8 @@ def measure(args: argparse.Namespace, url: str, pool_tokens: int) -> list[dict[s
         tokens = pages * PAGE
         count = pool_tokens // tokens + 2
         prompts = [prompt(tokens + REST, f"{pages} {i}") for i in range(count)]
-        # Computing has to make room in a full pool, too, as restoring has.
-        timed(client, [prompt(pool_tokens // 2, f"fill {pages} {i}") for i in range(2)])
+        # Computing has to make room, too, as restoring has: for each prompt, not once for many.
+        timed(client, [prompt(tokens + REST, f"fill {pages} {i}") for i in range(count)])
         computed, _ = timed(client, prompts)
         restored, cached = [], []
         before = statistics(url)["host"]["recomputed"]

@@ -3,6 +3,11 @@
 import triton
 import triton.language as tl
 
+from mosaic_kernels.unpack_bytes import INTERPRETED
+
+_LINE = tl.constexpr(128)
+_PREFETCH = tl.constexpr("{ prefetch.global.L2 [$1]; mov.b32 $0, 0; }")
+
 
 @triton.jit
 def load_piece(pieces, piece):
@@ -21,3 +26,12 @@ def find_segment(data, frame_bytes, frames, page):
 def of_one(x):
     """A scalar as [1, 1]."""
     return x + tl.zeros([1, 1], tl.int32)
+
+
+@triton.jit
+def prefetch(segment, BYTES: tl.constexpr, LINES: tl.constexpr):
+    """Has the first bytes of a segment brought to the L2 cache; LINES: of 128 bytes, a power of two that holds them."""
+    if not INTERPRETED:
+        at = tl.arange(0, LINES) * _LINE
+        at = segment + tl.where(at < BYTES, at, 0)
+        tl.inline_asm_elementwise(_PREFETCH, "=r,l", [at.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1)

@@ -1,4 +1,4 @@
-"""Device code: neighbouring words by one load.
+"""Device code: loads that Triton would split, or lay out otherwise.
 
 Triton gives the elements of a tensor to threads before it merges loads; words that one thread wants side by side, in
 tensors of their own, it would load one by one. The interpreter does that.
@@ -17,6 +17,14 @@ _TWO = tl.constexpr(
     mov.b64 $0, 0;
     mov.b64 $1, 0;
     @there ld.global.v2.b64 {$0, $1}, [$2];
+    }"""
+)
+_BYTE = tl.constexpr(
+    """{
+    .reg .pred there;
+    setp.ne.s32 there, $2, 0;
+    mov.b32 $0, 0;
+    @there ld.global.u8 $0, [$1];
     }"""
 )
 
@@ -45,3 +53,16 @@ def load_two(at, there):
             dtype=(tl.uint64, tl.uint64), is_pure=True, pack=1,
         )  # fmt: skip
     return a, b
+
+
+@triton.jit
+def load_one_byte(at, there):
+    """A byte from each pointer, int32; 0 where `there` is not. In the layout of the pointers, which a load of Triton's
+    would change."""
+    if INTERPRETED:
+        byte = tl.load(at, mask=there, other=0).to(tl.int32)
+    else:
+        byte = tl.inline_asm_elementwise(
+            _BYTE, "=&r,l,r", [at.to(tl.int64), there.to(tl.int32)], dtype=tl.int32, is_pure=True, pack=1
+        )
+    return byte

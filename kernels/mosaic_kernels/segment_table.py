@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 
+from mosaic_kernels.byte_table import BYTE_WORDS, key_words, value_words
 from mosaic_kernels.segment import ALIGNMENT, GROUP, V_STEPS, SegmentFormat, TensorPlanes
 from mosaic_kernels.topk.segment import TopKFormat
 
@@ -36,6 +37,8 @@ WORDS = 4
 _MOST_BYTES = 1 << 16
 FORMATS = 8
 """Of a head, that tables have room for, so that kernels are compiled once: calibrations make no more."""
+BYTE_TOKENS, BYTE_CHANNELS = 64, 64
+"""Tokens of a page, and channels at a time, of kernels that read codes as bytes."""
 MOST_CHANNELS, MOST_GROUP = 256, 16
 """Channels of a head and query heads per KV head that kernels can have."""
 
@@ -68,6 +71,10 @@ class SegmentTable(NamedTuple):
     """int32 [E * H * F, groups, WORDS], as many groups as in the power of two that holds k_dim."""
     v_words: torch.Tensor
     """int32 [E * H * F, groups, WORDS], of V."""
+    k_bytes: torch.Tensor
+    """int32 [E * H * F, groups, BYTE_WORDS] (byte_table.py), of as many groups."""
+    v_bytes: torch.Tensor
+    """int32 [E * H * F, groups, BYTE_WORDS], of V."""
     formats: int
     """F."""
     page_size: int
@@ -85,12 +92,18 @@ class SegmentTable(NamedTuple):
         """KV heads."""
         return self.starts.shape[1]
 
+    @property
+    def read_as_bytes(self) -> bool:
+        """Whether kernels may read whole pages as signed bytes (load_bytes.py)."""
+        rare = self.any_topk or self.any_exceptions
+        return not rare and self.page_size == BYTE_TOKENS and min(self.k_dim, self.v_dim) > BYTE_CHANNELS // 2
+
     def put(self, epoch: int, one: SegmentTable) -> None:
         """Write the first epoch of another table, of the same sizes, over one of this, where it lies."""
         for mine, theirs in zip(self[:3], one[:3], strict=True):
             mine[epoch] = theirs[0]
         rows = self.heads * self.formats
-        for mine, theirs in zip(self[3:6], one[3:6], strict=True):
+        for mine, theirs in zip(self[3:8], one[3:8], strict=True):
             mine[epoch * rows : (epoch + 1) * rows] = theirs[:rows].to(mine.device)
 
 
@@ -113,11 +126,12 @@ def empty_table(
         return torch.zeros(*shape, dtype=torch.int32, device=device)
 
     rows = epochs * heads * formats
+    groups = padded(k_dim) // GROUP, padded(v_dim) // GROUP
     scalars = zeros(rows, SCALARS)
     scalars[:, KIND] = INVALID
     return SegmentTable(
         zeros(epochs, heads), zeros(epochs, heads), torch.zeros(epochs, heads, device=device), scalars,
-        zeros(rows, padded(k_dim) // GROUP, WORDS), zeros(rows, padded(v_dim) // GROUP, WORDS),
+        *(zeros(rows, count, words) for words in (WORDS, BYTE_WORDS) for count in groups),
         formats, page_size, k_dim, v_dim, most_scanned, topk, exceptions,
     )  # fmt: skip
 
@@ -154,7 +168,11 @@ def make_table(
     rows = len(heads) * most
     scalars = torch.zeros(rows, SCALARS, dtype=torch.int32)
     scalars[:, KIND] = INVALID
-    k_words, v_words = (torch.zeros(rows, padded(dim) // GROUP, WORDS, dtype=torch.int32) for dim in (k_dim, v_dim))
+    k_words, v_words, k_bytes, v_bytes = (
+        torch.zeros(rows, padded(dim) // GROUP, words, dtype=torch.int32)
+        for words in (WORDS, BYTE_WORDS)
+        for dim in (k_dim, v_dim)
+    )
     for i, head in enumerate(heads):
         for n, fmt in enumerate(head.formats):
             row = i * most + n
@@ -166,12 +184,14 @@ def make_table(
                 for words, part in ((k_words, fmt.k), (v_words, fmt.v)):
                     words[row, : part.dim // GROUP] = _words(part)
                 v_words[row, : v_dim // GROUP, LEVELS] = _levels(fmt.v_bits)
+                k_bytes[row, : k_dim // GROUP] = key_words(fmt.k)
+                v_bytes[row, : v_dim // GROUP] = value_words(fmt.v)
     scanned = [[head.scan_channels or k_dim for head in epoch] for epoch in epochs]
     return SegmentTable(
         torch.tensor([[head.start for head in epoch] for epoch in epochs], dtype=torch.int32, device=device),
         torch.tensor(scanned, dtype=torch.int32, device=device),
         torch.tensor([[head.far_bias for head in epoch] for epoch in epochs], device=device),
-        *(x.to(device) for x in (scalars, k_words, v_words)),
+        *(x.to(device) for x in (scalars, k_words, v_words, k_bytes, v_bytes)),
         formats=most,
         page_size=page_size,
         k_dim=k_dim,

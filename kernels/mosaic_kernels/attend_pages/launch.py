@@ -4,17 +4,25 @@ from __future__ import annotations
 
 import torch
 
+from mosaic_kernels.attend_pages.any_kernel import attend_any_pages_kernel
 from mosaic_kernels.attend_pages.kernel import attend_pages_kernel
 from mosaic_kernels.page_batch import PageBatch
 from mosaic_kernels.segment_table import MOST_GROUP, SegmentTable, check_frames, padded
 
 # The fewest instructions per page: what one warp unpacks of K is where its tensor core wants it (docs/kernels.md).
-TILE, WARPS, STAGES = 32, 1, 1
+WARPS, STAGES = 1, 1
+TILE, BYTE_TILE = 32, 64
+"""Tokens at a time, of segments of any kind and of planes only."""
 
 
 def query_rows(group: int) -> int:
     """Query heads of a KV head, filled up to what a tensor core multiplies."""
     return 8 if group <= 8 else MOST_GROUP
+
+
+def digit_rows(group: int) -> int:
+    """The same where each has two digits."""
+    return max(padded(group), 4)
 
 
 def attend_pages(
@@ -41,14 +49,33 @@ def attend_pages(
     group = q.shape[2]
     out = torch.empty(batch.capacity, table.heads, group, table.v_dim, device=q.device)
     lse = torch.empty(batch.capacity, table.heads, group, device=q.device)
-    if batch.capacity:
-        attend_pages_kernel[batch.capacity, table.heads](
-            q, data, data.stride(0), batch.frames, batch.pieces, batch.epochs,
-            table.starts, table.scalars, table.k_words, table.v_words, out, lse, scale,
-            HEADS=table.heads, GROUP=group, ROWS=query_rows(group), FORMATS=table.formats, T=table.page_size,
-            TILE=min(TILE, table.page_size),
-            DK=padded(table.k_dim), K_DIM=table.k_dim, DV=padded(table.v_dim), V_DIM=table.v_dim,
-            ANY_TOPK=table.any_topk, ANY_EXCEPTIONS=table.any_exceptions, num_warps=WARPS, num_stages=STAGES,
+    if not batch.capacity:
+        return out, lse
+    grid = batch.capacity, table.heads
+    inputs = q, data, data.stride(0), batch.frames, batch.pieces, batch.epochs, table.starts, table.scalars
+    sizes = {
+        "HEADS": table.heads, "GROUP": group, "FORMATS": table.formats, "T": table.page_size, "DK": padded(table.k_dim),
+        "K_DIM": table.k_dim, "DV": padded(table.v_dim), "V_DIM": table.v_dim,
+    }  # fmt: skip
+    options = {"num_warps": WARPS, "num_stages": STAGES}
+    if table.read_as_bytes:
+        attend_pages_kernel[grid](
+            *inputs,
+            table.k_bytes,
+            table.v_bytes,
+            out,
+            lse,
+            scale,
+            R=digit_rows(group),
+            TILE=BYTE_TILE,
+            **sizes,
+            **options,
+        )
+    else:
+        attend_any_pages_kernel[grid](
+            *inputs, table.k_words, table.v_words, out, lse, scale,
+            ROWS=query_rows(group), TILE=min(TILE, table.page_size),
+            ANY_TOPK=table.any_topk, ANY_EXCEPTIONS=table.any_exceptions, **sizes, **options,
         )  # fmt: skip
     return out, lse
 

@@ -86,8 +86,12 @@ class HostTraffic:
         the others are of no use."""
         counters = self.tier.counters
         counters.offered += len(copies)
-        for (epoch, exact), run in itertools.groupby(copies, lambda copy: (copy.epoch, copy.exact)):
-            alike, page_bytes = list(run), self._bytes(epoch, exact)
+        # Not run by run: launching what encodes one page takes as long as for all, and sequences begin with exact ones.
+        kinds: dict[tuple[Epoch | None, bool], list[Copy]] = {}
+        for copy in copies:
+            kinds.setdefault((copy.epoch, copy.exact), []).append(copy)
+        for (epoch, exact), alike in kinds.items():
+            page_bytes = self._bytes(epoch, exact)
             if self.tier.room(page_bytes) < len(alike):
                 alike.sort(key=lambda copy: copy.position)
                 room = self.tier.make_room([copy.position for copy in alike], page_bytes)
