@@ -10,7 +10,7 @@ import torch
 from manager_cases import answer, frames, put, until
 from sglang_mosaic.adapter.prefill_time import PrefillTime
 from sglang_mosaic.adapter.restoring import UNKNOWN_S, RestoringPays
-from sglang_mosaic.cache.restore_rate import WINDOW, RestoreRate
+from sglang_mosaic.cache.restore_rate import FRESH_S, WINDOW, RestoreRate
 from sglang_mosaic.manager.options import ManagerOptions
 from sglang_mosaic.manager.zmq_client import ZmqClient
 from sglang_mosaic.page import PAGE_SIZE
@@ -76,6 +76,25 @@ def test_pages_that_have_become_slow_count() -> None:
     for _ in range(WINDOW):
         rate.answered(0.002)
     assert rate() == pytest.approx(0.002)
+
+
+def test_restoring_is_tried_again_after_a_slow_moment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who computes instead puts no page in its place, and would think that it takes long for ever."""
+    now = 0.0
+    monkeypatch.setattr("sglang_mosaic.cache.restore_rate.time.monotonic", lambda: now)
+    rate = RestoreRate()
+    rate.answered(0.002)
+    rate.placed(0.001)
+    for _ in range(3):
+        rate.placed(5.0)
+    assert rate() == pytest.approx(5.002)
+    now = FRESH_S - 1
+    rate.answered(0.004)
+    assert rate() == pytest.approx(5.003)
+    now = FRESH_S + 1
+    assert rate() == pytest.approx(0.005), "of the manager what is newer, of the others the best"
+    rate.placed(7.0)
+    assert rate() == pytest.approx(7.004), "until it is measured"
 
 
 def test_a_page_takes_as_long_as_the_manager_works_whenever_somebody_looks() -> None:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import statistics
+import time
 from collections import deque
 
 WINDOW = 64
 """Newest pages that count."""
+FRESH_S = 30.0
+"""What is older does not count, if there is something newer. If not, the best of it does: what takes long is not done
+any more, and would never be measured again."""
 
 
 class RestoreRate:
@@ -20,23 +24,44 @@ class RestoreRate:
     """
 
     def __init__(self) -> None:
-        self._manager: deque[float] = deque(maxlen=WINDOW)
-        self._own: deque[float] = deque(maxlen=WINDOW)
-        self._placed: deque[float] = deque(maxlen=WINDOW)
+        self._manager = _Newest()
+        self._own = _Newest()
+        self._placed = _Newest()
 
     def __call__(self) -> float | None:
         """Seconds a page; None: none has come yet."""
-        bringing = max((statistics.median(who) for who in (self._manager, self._own) if who), default=None)
-        return None if bringing is None else bringing + (statistics.median(self._placed) if self._placed else 0.0)
+        bringing = [who() for who in (self._manager, self._own) if who]
+        if not bringing:
+            return None
+        return max(bringing) + (self._placed() if self._placed else 0.0)
 
     def answered(self, seconds: float) -> None:
         """The manager took so long for a page."""
-        self._manager.append(seconds)
+        self._manager.add(seconds)
 
     def received(self, seconds: float) -> None:
         """The server took so long to copy and check a page that was there."""
-        self._own.append(seconds)
+        self._own.add(seconds)
 
     def placed(self, seconds: float) -> None:
         """The scheduler took so long a page to put some into the tree and into their frames."""
-        self._placed.append(seconds)
+        self._placed.add(seconds)
+
+
+class _Newest:
+    """Of some measurements what is usual by now; there is at least one."""
+
+    def __init__(self) -> None:
+        self._measured: deque[tuple[float, float]] = deque(maxlen=WINDOW)
+        """When, and seconds."""
+
+    def __bool__(self) -> bool:
+        return bool(self._measured)
+
+    def __call__(self) -> float:
+        oldest = time.monotonic() - FRESH_S
+        fresh = [seconds for at, seconds in self._measured if at >= oldest]
+        return statistics.median(fresh) if fresh else min(seconds for _, seconds in self._measured)
+
+    def add(self, seconds: float) -> None:
+        self._measured.append((time.monotonic(), seconds))
