@@ -28,8 +28,8 @@ SHAPES = {
     "planes-only": dict(k_dim=64, v_dim=64, group=8, sparse=False, exceptions=False, formats=1),
     "d128-planes": dict(k_dim=128, v_dim=128, group=4, sparse=False, exceptions=False, formats=4),
     "d256-planes": dict(k_dim=256, v_dim=256, heads=1, group=1, sparse=False, exceptions=False),
-    "uneven-planes": dict(k_dim=96, v_dim=48, heads=3, group=3, sparse=False, exceptions=False),
-    "wide-group": dict(k_dim=128, v_dim=64, group=16, sparse=False, exceptions=False),
+    "uneven-planes": dict(k_dim=96, v_dim=112, heads=3, group=3, sparse=False, exceptions=False),
+    "wide-group": dict(k_dim=64, v_dim=128, group=16, sparse=False, exceptions=False),
 }
 # Of pages only.
 SHORT = {"short-pages": dict(k_dim=64, v_dim=64, group=2, sparse=False, exceptions=False, page_size=32)}

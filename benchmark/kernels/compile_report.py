@@ -67,7 +67,7 @@ from mosaic_kernels.segment_encode import launch as segment_encode
 from mosaic_kernels.segment_encode.kernel import encode_kernel
 from mosaic_kernels.segment_error import launch as segment_error
 from mosaic_kernels.segment_error.kernel import error_kernel
-from mosaic_kernels.segment_table import MOST_GROUP
+from mosaic_kernels.segment_table import BYTE_KEYS, BYTE_VALUES, MOST_GROUP
 from mosaic_kernels.select import launch as select
 from mosaic_kernels.select.kernel import collect_kernel, count_kernel, threshold_kernel
 
@@ -106,6 +106,8 @@ class Kernel(NamedTuple):
     """Of arguments, instead of TYPES."""
     registers: int | None = None
     """That a thread may have, if its launch says so."""
+    least_dim: int = 16
+    """Heads of fewer channels have another kernel."""
 
 
 WIDE = "ROWS", MOST_GROUP
@@ -126,9 +128,11 @@ KERNELS = {
     "encode": Kernel(encode_kernel, segment_encode, (("TILE", segment_encode.TILE),), exact=True),
     "error": Kernel(error_kernel, segment_error, (("TILE", segment_error.TILE),), exact=True),
     "decode": Kernel(decode_kernel, segment_decode, (("TILE", segment_decode.TILE),)),
-    "attend_pages": Kernel(attend_pages_kernel, attend_pages, (("TILE", attend_pages.BYTE_TILE),)),
+    "attend_pages": Kernel(
+        attend_pages_kernel, attend_pages, (("TILE", attend_pages.BYTE_TILE),), least_dim=BYTE_VALUES
+    ),
     "attend_pages: any": Kernel(attend_any_pages_kernel, attend_pages, (("TILE", attend_pages.TILE),)),
-    "scan": Kernel(scan_kernel, scan, registers=scan.REGISTERS),
+    "scan": Kernel(scan_kernel, scan, registers=scan.REGISTERS, least_dim=BYTE_KEYS),
     "scan: any": Kernel(scan_any_kernel, scan),
     "select: count": Kernel(count_kernel, select, (("TILE", select.TILE), ("SHARED", SHARED_STEPS))),
     "select: threshold": Kernel(threshold_kernel, select, warps="THRESHOLD_WARPS"),
@@ -254,7 +258,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_arguments(argv)
     rows: list[dict[str, Any]] = []
     for head_dim in args.head_dims:
-        for name, kernel in tqdm(KERNELS.items(), desc=f"head_dim {head_dim}", unit="kernel"):
+        kernels = {name: kernel for name, kernel in KERNELS.items() if head_dim >= kernel.least_dim}
+        for name, kernel in tqdm(kernels.items(), desc=f"head_dim {head_dim}", unit="kernel"):
             figures = compile_kernel(kernel, head_dim, args.group, args.arch)
             rows.append({"kernel": name, "head_dim": head_dim, **figures})
     header = list(rows[0])

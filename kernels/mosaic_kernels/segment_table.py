@@ -37,8 +37,9 @@ WORDS = 4
 _MOST_BYTES = 1 << 16
 FORMATS = 8
 """Of a head, that tables have room for, so that kernels are compiled once: calibrations make no more."""
-BYTE_TOKENS, BYTE_CHANNELS = 64, 64
-"""Tokens of a page, and channels at a time, of kernels that read codes as bytes."""
+BYTE_TOKENS, BYTE_KEYS, BYTE_VALUES = 64, 64, 128
+"""Of kernels that read codes as bytes: tokens of a page, and the fewest channels of K and of V, filled up to a power of
+two, of which threads have what they unpack."""
 MOST_CHANNELS, MOST_GROUP = 256, 16
 """Channels of a head and query heads per KV head that kernels can have."""
 
@@ -95,8 +96,7 @@ class SegmentTable(NamedTuple):
     @property
     def read_as_bytes(self) -> bool:
         """Whether kernels may read whole pages as signed bytes (load_bytes.py)."""
-        rare = self.any_topk or self.any_exceptions
-        return not rare and self.page_size == BYTE_TOKENS and min(self.k_dim, self.v_dim) > BYTE_CHANNELS // 2
+        return not (self.any_topk or self.any_exceptions) and self.page_size == BYTE_TOKENS
 
     def put(self, epoch: int, one: SegmentTable) -> None:
         """Write the first epoch of another table, of the same sizes, over one of this, where it lies."""

@@ -7,7 +7,14 @@ import torch
 from mosaic_kernels.attend_pages.any_kernel import attend_any_pages_kernel
 from mosaic_kernels.attend_pages.kernel import attend_pages_kernel
 from mosaic_kernels.page_batch import PageBatch
-from mosaic_kernels.segment_table import MOST_GROUP, SegmentTable, check_frames, padded
+from mosaic_kernels.segment_table import (
+    BYTE_KEYS,
+    BYTE_VALUES,
+    MOST_GROUP,
+    SegmentTable,
+    check_frames,
+    padded,
+)
 
 # The fewest instructions per page: what one warp unpacks of K is where its tensor core wants it (docs/kernels.md).
 WARPS, STAGES = 1, 1
@@ -58,7 +65,7 @@ def attend_pages(
         "K_DIM": table.k_dim, "DV": padded(table.v_dim), "V_DIM": table.v_dim,
     }  # fmt: skip
     options = {"num_warps": WARPS, "num_stages": STAGES}
-    if table.read_as_bytes:
+    if table.read_as_bytes and sizes["DK"] >= BYTE_KEYS and sizes["DV"] >= BYTE_VALUES:
         attend_pages_kernel[grid](
             *inputs,
             table.k_bytes,

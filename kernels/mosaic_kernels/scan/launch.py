@@ -8,7 +8,7 @@ from mosaic_kernels.attend_pages.launch import check_queries, digit_rows, query_
 from mosaic_kernels.page_batch import PageBatch
 from mosaic_kernels.scan.any_kernel import scan_any_kernel
 from mosaic_kernels.scan.kernel import scan_kernel
-from mosaic_kernels.segment_table import BYTE_CHANNELS, SegmentTable, check_frames, padded
+from mosaic_kernels.segment_table import BYTE_KEYS, SegmentTable, check_frames, padded
 
 WARPS, STAGES = 1, 1  # sums over a page then cross no barrier
 REGISTERS = 255
@@ -61,7 +61,7 @@ def scan(
         "DS": max(padded(table.most_scanned), 16), "K_DIM": table.k_dim, "DK": padded(table.k_dim),
     }  # fmt: skip
     options = {"num_warps": WARPS, "num_stages": STAGES}
-    if table.read_as_bytes and sizes["DS"] >= BYTE_CHANNELS:
+    if table.read_as_bytes and sizes["DS"] >= BYTE_KEYS:
         scan_kernel[grid](*inputs, table.k_bytes, *results, R=digit_rows(group), maxnreg=REGISTERS, **sizes, **options)
     else:
         scan_any_kernel[grid](
