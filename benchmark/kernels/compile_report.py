@@ -128,9 +128,7 @@ KERNELS = {
     "encode": Kernel(encode_kernel, segment_encode, (("TILE", segment_encode.TILE),), exact=True),
     "error": Kernel(error_kernel, segment_error, (("TILE", segment_error.TILE),), exact=True),
     "decode": Kernel(decode_kernel, segment_decode, (("TILE", segment_decode.TILE),)),
-    "attend_pages": Kernel(
-        attend_pages_kernel, attend_pages, (("TILE", attend_pages.BYTE_TILE),), least_dim=BYTE_VALUES
-    ),
+    "attend_pages": Kernel(attend_pages_kernel, attend_pages, least_dim=BYTE_VALUES),
     "attend_pages: any": Kernel(attend_any_pages_kernel, attend_pages, (("TILE", attend_pages.TILE),)),
     "scan": Kernel(scan_kernel, scan, registers=scan.REGISTERS, least_dim=BYTE_KEYS),
     "scan: any": Kernel(scan_any_kernel, scan),

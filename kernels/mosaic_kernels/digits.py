@@ -8,8 +8,8 @@ codes would have to become float16, too.
 import triton
 import triton.language as tl
 
-from mosaic_kernels import byte_table, segment_table
-from mosaic_kernels.load_bytes import BYTE_WORDS, key_channel
+from mosaic_kernels import segment_table
+from mosaic_kernels.load_bytes import BYTE_WORDS, SECOND, key_channel
 from mosaic_kernels.load_words import load_four, load_two
 from mosaic_kernels.unpack_bytes import INTERPRETED
 
@@ -18,7 +18,6 @@ MOST = tl.constexpr(32512.0)
 _NONE = tl.constexpr(1e-30)
 # Adding 1.5 * 2^23 leaves the integer in the lower bits; 128 more, and its second digit is a byte less 128.
 _ROUND = tl.constexpr(12582912.0 + 128.0)
-_SECOND = tl.constexpr(byte_table.MASKS)
 _SCALARS = tl.constexpr(segment_table.SCALARS)
 _DIGITS = tl.constexpr(
     """{
@@ -99,7 +98,7 @@ def scale_query(
     offsets = (segment + offsets_at).to(tl.pointer_type(tl.uint64)) + first // 4
     s0, s1 = load_two(scales, there & (first < coded))
     o0, o1 = load_two(offsets, there)
-    _, _, levels, scan = load_four(words + (row * (WIDTH // 16) + first // 16) * BYTE_WORDS + _SECOND)
+    _, _, levels, scan = load_four(words + (row * (WIDTH // 16) + first // 16) * BYTE_WORDS + SECOND)
     f, z = half_of(levels, 0), half_of(levels if REFINED else scan, 1)
     a, most_a, rest_a = _scale_four(query[0], query[1], query[2], query[3], s0, o0, f, z)
     b, most_b, rest_b = _scale_four(query[4], query[5], query[6], query[7], s1, o1, f, z)

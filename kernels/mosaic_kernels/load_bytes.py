@@ -13,11 +13,13 @@ import triton
 import triton.language as tl
 
 from mosaic_kernels import byte_table, segment_table
+from mosaic_kernels.load_segment import scale_of
 from mosaic_kernels.load_words import load_four, load_one_byte
 from mosaic_kernels.unpack_bytes import INTERPRETED
 
 BYTE_WORDS = tl.constexpr(byte_table.BYTE_WORDS)
-_SECOND = tl.constexpr(byte_table.MASKS)
+SECOND = tl.constexpr(byte_table.MASKS)
+"""The second four words of a group."""
 _ONE_BIT = tl.constexpr(byte_table.ONE_BIT)
 _FOUR_BITS = tl.constexpr(byte_table.FOUR_BITS)
 _SCALARS = tl.constexpr(segment_table.SCALARS)
@@ -58,7 +60,7 @@ def fetch_bytes(segment, words, row, group, t, REFINED: tl.constexpr, WIDTH: tl.
     shape: tl.constexpr = [group.shape[0], t.shape[1]]
     at = words + (row * (WIDTH // 16) + group) * BYTE_WORDS
     base, refinement, factors, turns = load_four(tl.broadcast_to(at, shape))
-    masks, flags, _, _ = load_four(tl.broadcast_to(at + _SECOND, shape))
+    masks, flags, _, _ = load_four(tl.broadcast_to(at + SECOND, shape))
     # A row of one bit has two tokens, the odd one four places higher.
     odd = t & 1
     low, high = _plane_words(segment, base, flags, t)
@@ -102,7 +104,7 @@ def value_bytes(fetched):
 def token_scales(segment, scalars, row, t):
     """V's scales of tokens of a page of planes, float32 as `t`; 0 if nothing is coded. row: scalar."""
     coded, scales_at, _, _ = load_four(scalars + row * _SCALARS + _V)
-    return _scale_of(load_one_byte(segment + scales_at + t, t < tl.where(coded > 0, 256, 0)))
+    return scale_of(load_one_byte(segment + scales_at + t, t < tl.where(coded > 0, 256, 0)))
 
 
 @triton.jit
@@ -111,7 +113,7 @@ def mean_values(segment, scalars, row, channel, DIM: tl.constexpr):
     coded, _, means_at, scale_at = load_four(scalars + row * _SCALARS + _V)
     mean = load_one_byte(segment + means_at + channel, (channel >= coded) & (channel < DIM))
     scale = load_one_byte(segment + scale_at + channel * 0, channel < DIM)
-    return ((mean ^ 128) - 128).to(tl.float32) * _scale_of(scale)
+    return ((mean ^ 128) - 128).to(tl.float32) * scale_of(scale)
 
 
 @triton.jit
@@ -176,9 +178,3 @@ def _join_quads(a, b, c, d):
 @triton.jit
 def _join(four):
     return tl.join(tl.join(four[0], four[2]), tl.join(four[1], four[3]))
-
-
-@triton.jit
-def _scale_of(byte):
-    """Bytes that hold the upper bits of a positive float16 -> float32."""
-    return (byte.to(tl.int16) << 7).to(tl.float16, bitcast=True).to(tl.float32)

@@ -132,7 +132,7 @@ def value_scales(segment, scalars, row, t):
     """V's scale of each token of planes, float32 [1, T]; 0 if nothing is coded."""
     coded, scales_at, _, _ = load_four(scalars + row * _SCALARS + _V)
     some = t < tl.where(coded > 0, 256, 0)
-    return _scale_of(load_byte(segment, scales_at + t, some))
+    return scale_of(load_byte(segment, scales_at + t, some))
 
 
 @triton.jit
@@ -160,7 +160,7 @@ def mean_values(segment, scalars, row, CHUNK: tl.constexpr, GROUPS: tl.constexpr
         unpack_bytes(w3.to(tl.uint32, bitcast=True) ^ _SIGNS, less),
         GROUPS * 16,
     )
-    return units, _scale_of(load_byte(segment, scale_at))
+    return units, scale_of(load_byte(segment, scale_at))
 
 
 @triton.jit
@@ -290,6 +290,6 @@ def load_byte(segment, at, there=True):
 
 
 @triton.jit
-def _scale_of(byte):
+def scale_of(byte):
     """Bytes that hold the upper bits of a positive float16 -> float32."""
     return (byte.to(tl.int16) << 7).to(tl.float16, bitcast=True).to(tl.float32)

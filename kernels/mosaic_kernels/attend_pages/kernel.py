@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from mosaic_kernels.digits import MOST, from_digits, half_of, inverse_of, to_digits
-from mosaic_kernels.load_bytes import BYTE_WORDS, fetch_bytes, mean_values, token_scales, value_bytes
+from mosaic_kernels.load_bytes import BYTE_WORDS, SECOND, fetch_bytes, mean_values, token_scales, value_bytes
 from mosaic_kernels.load_piece import find_segment, load_piece, of_one, prefetch
 from mosaic_kernels.load_segment import find_row, load_number, value_channels
 from mosaic_kernels.load_words import load_four
@@ -16,7 +16,7 @@ from mosaic_kernels.tile_attention import LOG2_E
 def attend_pages_kernel(
     q, data, frame_bytes, frames, pieces, epochs, starts, scalars, k_bytes, v_bytes, out, lse, scale,
     HEADS: tl.constexpr, GROUP: tl.constexpr, R: tl.constexpr, FORMATS: tl.constexpr, T: tl.constexpr,
-    TILE: tl.constexpr, DK: tl.constexpr, K_DIM: tl.constexpr, DV: tl.constexpr, V_DIM: tl.constexpr,
+    DK: tl.constexpr, K_DIM: tl.constexpr, DV: tl.constexpr, V_DIM: tl.constexpr,
 ):  # fmt: skip
     """One program: a piece and a KV head. q [items, HEADS, GROUP, K_DIM]; out [pieces, HEADS, GROUP, V_DIM]."""
     piece, head = tl.program_id(0), tl.program_id(1)
@@ -24,10 +24,10 @@ def attend_pages_kernel(
     if item < 0:
         return
     of_head = tl.load(epochs + item) * HEADS + head
-    r, slot = tl.arange(0, R), tl.arange(0, TILE)[None, :]
+    r, t = tl.arange(0, R), tl.arange(0, T)[None, :]
     # In the order in which the weights of a thread's tokens lie side by side.
-    EIGHTHS: tl.constexpr = TILE // 8
-    turned = slot % EIGHTHS * 8 + slot // EIGHTHS
+    EIGHTHS: tl.constexpr = T // 8
+    turned = t % EIGHTHS * 8 + t // EIGHTHS
     q += (item * HEADS + head) * GROUP * K_DIM
     chunks = load_chunks(q, r, scale * LOG2_E, K_DIM, DK, GROUP, K_DIM)
     GROUPS: tl.constexpr = DV // 16
@@ -52,29 +52,27 @@ def attend_pages_kernel(
         prefetch(next_segment, AHEAD, LINES)
         row, kind = find_row(number, scalars, of_head * FORMATS, FORMATS)
         query = page_query(chunks, of_one(segment), scalars, k_bytes, of_one(row), K_DIM, True, DK, DK)
-        _, _, levels, _ = load_four(tl.broadcast_to(v_bytes + (row * GROUPS + group) * BYTE_WORDS + 4, [DV, R]))
-        for tile in tl.static_range(T // TILE):
-            t = slot + tile * TILE
-            logits = page_logits(query, of_one(segment), k_bytes, of_one(row), kind, t, True, DK, R, DK)
-            # Weights are those of the tile, against its largest; so are its sums, until they are added.
-            here = tl.max(logits, 0)
-            new_top = tl.maximum(top, here)
-            mine, decay = tl.exp2(here - new_top), tl.exp2(top - new_top)
-            weights = tl.exp2(logits - here[None, :])
-            top, total = new_top, total * decay + tl.sum(weights, 0) * mine
-            scales = token_scales(segment, scalars, row, tl.broadcast_to(tl.trans(t), [TILE, R]))
-            most = tl.max(scales, 0)
-            high, low, rounded = to_digits(weights * scales, inverse_of(most)[None, :])
-            # [EIGHTHS, 8, R, 2] -> [8, EIGHTHS, R, 2]
-            digits = tl.permute(tl.reshape(tl.join(high, low), [EIGHTHS, 8, R, 2]), 1, 0, 2, 3)
-            fetched = fetch_bytes(of_one(segment), v_bytes, of_one(row), groups, turned + tile * TILE, True, DV)
-            found = tl.dot(value_bytes(fetched), tl.reshape(digits, [TILE, 2 * R]), out_dtype=tl.int32)
-            unit = mine * (most / MOST)
-            summed = summed * decay[None, :] + half_of(levels, 1) * (tl.sum(rounded, 0) * unit)[None, :]
-            summed += from_digits(found, DV, R) * (half_of(levels, 0) * unit[None, :])
-            if value_channels(scalars, row) < V_DIM:
-                mean = mean_values(segment, scalars, row, tl.broadcast_to(channel, [DV, R]), V_DIM)
-                summed += mean * (tl.sum(weights, 0) * mine)[None, :]
+        _, _, levels, _ = load_four(tl.broadcast_to(v_bytes + (row * GROUPS + group) * BYTE_WORDS + SECOND, [DV, R]))
+        logits = page_logits(query, of_one(segment), k_bytes, of_one(row), kind, t, True, DK, R, DK)
+        # Weights are those of the page, against its largest; so are its sums, until they are added.
+        here = tl.max(logits, 0)
+        new_top = tl.maximum(top, here)
+        mine, decay = tl.exp2(here - new_top), tl.exp2(top - new_top)
+        weights = tl.exp2(logits - here[None, :])
+        top, total = new_top, total * decay + tl.sum(weights, 0) * mine
+        scales = token_scales(segment, scalars, row, tl.broadcast_to(tl.trans(t), [T, R]))
+        most = tl.max(scales, 0)
+        high, low, rounded = to_digits(weights * scales, inverse_of(most)[None, :])
+        # [EIGHTHS, 8, R, 2] -> [8, EIGHTHS, R, 2]
+        digits = tl.permute(tl.reshape(tl.join(high, low), [EIGHTHS, 8, R, 2]), 1, 0, 2, 3)
+        fetched = fetch_bytes(of_one(segment), v_bytes, of_one(row), groups, turned, True, DV)
+        found = tl.dot(value_bytes(fetched), tl.reshape(digits, [T, 2 * R]), out_dtype=tl.int32)
+        unit = mine * (most / MOST)
+        summed = summed * decay[None, :] + half_of(levels, 1) * (tl.sum(rounded, 0) * unit)[None, :]
+        summed += from_digits(found, DV, R) * (half_of(levels, 0) * unit[None, :])
+        if value_channels(scalars, row) < V_DIM:
+            mean = mean_values(segment, scalars, row, tl.broadcast_to(channel, [DV, R]), V_DIM)
+            summed += mean * (tl.sum(weights, 0) * mine)[None, :]
         segment, next_segment, number = next_segment, after, next_number
     at = (piece * HEADS + head) * GROUP
     summed = tl.where((total > 0)[None, :], summed / total[None, :], summed)

@@ -7,19 +7,12 @@ import torch
 from mosaic_kernels.attend_pages.any_kernel import attend_any_pages_kernel
 from mosaic_kernels.attend_pages.kernel import attend_pages_kernel
 from mosaic_kernels.page_batch import PageBatch
-from mosaic_kernels.segment_table import (
-    BYTE_KEYS,
-    BYTE_VALUES,
-    MOST_GROUP,
-    SegmentTable,
-    check_frames,
-    padded,
-)
+from mosaic_kernels.segment_table import BYTE_KEYS, BYTE_VALUES, MOST_GROUP, SegmentTable, check_frames, padded
 
 # The fewest instructions per page: what one warp unpacks of K is where its tensor core wants it (docs/kernels.md).
 WARPS, STAGES = 1, 1
-TILE, BYTE_TILE = 32, 64
-"""Tokens at a time, of segments of any kind and of planes only."""
+TILE = 32
+"""Tokens at a time of segments of any kind; others are read by the page."""
 
 
 def query_rows(group: int) -> int:
@@ -64,24 +57,14 @@ def attend_pages(
         "HEADS": table.heads, "GROUP": group, "FORMATS": table.formats, "T": table.page_size, "DK": padded(table.k_dim),
         "K_DIM": table.k_dim, "DV": padded(table.v_dim), "V_DIM": table.v_dim,
     }  # fmt: skip
-    options = {"num_warps": WARPS, "num_stages": STAGES}
+    results, options = (out, lse, scale), {"num_warps": WARPS, "num_stages": STAGES}
     if table.read_as_bytes and sizes["DK"] >= BYTE_KEYS and sizes["DV"] >= BYTE_VALUES:
         attend_pages_kernel[grid](
-            *inputs,
-            table.k_bytes,
-            table.v_bytes,
-            out,
-            lse,
-            scale,
-            R=digit_rows(group),
-            TILE=BYTE_TILE,
-            **sizes,
-            **options,
+            *inputs, table.k_bytes, table.v_bytes, *results, R=digit_rows(group), **sizes, **options
         )
     else:
         attend_any_pages_kernel[grid](
-            *inputs, table.k_words, table.v_words, out, lse, scale,
-            ROWS=query_rows(group), TILE=min(TILE, table.page_size),
+            *inputs, table.k_words, table.v_words, *results, ROWS=query_rows(group), TILE=min(TILE, table.page_size),
             ANY_TOPK=table.any_topk, ANY_EXCEPTIONS=table.any_exceptions, **sizes, **options,
         )  # fmt: skip
     return out, lse
