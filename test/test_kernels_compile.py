@@ -31,3 +31,9 @@ def test_no_kernel_spills_registers(tmp_path: Path) -> None:
         "attend_dense: merge",
     )
     assert all(row["longest_loop"] > 50 for row in rows if row["kernel"] not in straight)
+
+
+def test_kernels_call_nothing_that_sglang_replaces() -> None:
+    """It puts a plain function in the place of this one, with which no kernel compiles, in servers only."""
+    files = list((REPOSITORY / "kernels").rglob("*.py"))
+    assert files and not [str(file) for file in files if "triton.next_power_of_2" in file.read_text()]
