@@ -9,7 +9,7 @@ from pathlib import Path
 from benchmark.common.report import REPOSITORY
 
 KERNELS = REPOSITORY / "kernels" / "mosaic_kernels"
-_LAUNCH = re.compile(r"^\s+(\w+)\[.+\]\($", re.MULTILINE)
+_LAUNCH = re.compile(r"^\s+(\w+_kernel)\[.+?\]\(", re.MULTILINE)
 
 COPIES, OTHER, IDLE = "copies", "other", "idle"
 # The first pattern that is found counts. Flash attention is built from CUTLASS, and torch's own operations carry the
