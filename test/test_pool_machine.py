@@ -240,7 +240,7 @@ class Pool(RuleBasedStateMachine):
         """What SGLang's scheduler does with a request in its queue, until nothing more comes back for it."""
         if self.tier is None:
             return
-        # Pages are written into frames behind the last forward, which may still write to one of them for somebody who left.
+        # Pages come back behind the last forward, which may still write to their frames for somebody who left.
         self._device_catches_up()
         waiting = SimpleNamespace(
             rid="waiting", extra_key=None, priority=0, positional_embed_overrides=None, full_untruncated_fill_ids=tokens
