@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -281,6 +282,17 @@ def test_stop_ends_the_whole_tree(tmp_path: Path) -> None:
         assert psutil.pid_exists(child)
         server.stop(grace_s=0.5)
     assert not psutil.pid_exists(child) or psutil.Process(child).status() == psutil.STATUS_ZOMBIE
+
+
+def test_a_free_port_is_one_that_nobody_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as taken:
+        port = free_port()
+        taken.bind(("127.0.0.1", port))
+        monkeypatch.setattr("benchmark.common.server.random.SystemRandom.sample", lambda *_: [port, port + 1])
+        assert free_port() == port + 1
+        monkeypatch.setattr("benchmark.common.server.random.SystemRandom.sample", lambda *_: [port])
+        with pytest.raises(BenchmarkError, match="none is free"):
+            free_port()
 
 
 def test_a_server_that_dies_shows_its_log(tmp_path: Path) -> None:

@@ -128,6 +128,14 @@ class Pool(RuleBasedStateMachine):
         )
         memory.connect(self.tier)
         self.tree.connect(b"test", Always())
+        restore = memory.restore
+
+        def restore_in_order(*args) -> None:
+            # In the stream of the last forward, which may still write to these frames for somebody who left.
+            self._device_catches_up()
+            restore(*args)
+
+        memory.restore = restore_in_order
 
     @property
     def used(self) -> bool:
@@ -240,8 +248,6 @@ class Pool(RuleBasedStateMachine):
         """What SGLang's scheduler does with a request in its queue, until nothing more comes back for it."""
         if self.tier is None:
             return
-        # Pages come back behind the last forward, which may still write to their frames for somebody who left.
-        self._device_catches_up()
         waiting = SimpleNamespace(
             rid="waiting", extra_key=None, priority=0, positional_embed_overrides=None, full_untruncated_fill_ids=tokens
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -18,13 +19,21 @@ import requests
 from benchmark.common.errors import BenchmarkError
 
 LOG_TAIL_LINES = 25
+SERVER_PORTS = range(20_000, 30_000)
+"""Below those that Linux gives to connections: one of them may be gone by the time that a server has started."""
 
 
 def free_port(host: str = "127.0.0.1") -> int:
-    """A TCP port that was free a moment ago."""
-    with socket.socket() as probe:
-        probe.bind((host, 0))
-        return probe.getsockname()[1]
+    """A TCP port that was free a moment ago, and that the system gives to no connection while a server starts."""
+    # Not of a seed, which other processes may have, too.
+    for port in random.SystemRandom().sample(SERVER_PORTS, 100):
+        with socket.socket() as probe:
+            try:
+                probe.bind((host, port))
+            except OSError:
+                continue
+            return port
+    raise BenchmarkError(f"of 100 ports of {host} between {SERVER_PORTS[0]} and {SERVER_PORTS[-1]} none is free")
 
 
 class ServerProcess:

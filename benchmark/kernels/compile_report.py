@@ -57,7 +57,6 @@ from mosaic_kernels.rotate_queries.kernel import rotate_queries_kernel
 from mosaic_kernels.rotate_rows import launch as rotate_rows
 from mosaic_kernels.rotate_rows.kernel import rotate_rows_kernel
 from mosaic_kernels.scan import launch as scan
-from mosaic_kernels.scan.any_kernel import scan_any_kernel
 from mosaic_kernels.scan.kernel import scan_kernel
 from mosaic_kernels.segment_choice import launch as segment_choice
 from mosaic_kernels.segment_choice.kernel import choose_kernel
@@ -130,8 +129,8 @@ KERNELS = {
     "decode": Kernel(decode_kernel, segment_decode, (("TILE", segment_decode.TILE),)),
     "attend_pages": Kernel(attend_pages_kernel, attend_pages, least_dim=BYTE_VALUES),
     "attend_pages: any": Kernel(attend_any_pages_kernel, attend_pages, (("TILE", attend_pages.TILE),)),
-    "scan": Kernel(scan_kernel, scan, registers=scan.REGISTERS, least_dim=BYTE_KEYS),
-    "scan: any": Kernel(scan_any_kernel, scan),
+    "scan": Kernel(scan_kernel, scan, (("BYTES", True),), registers=scan.REGISTERS, least_dim=BYTE_KEYS),
+    "scan: any": Kernel(scan_kernel, scan, (("BYTES", False),)),
     "select: count": Kernel(count_kernel, select, (("TILE", select.TILE), ("SHARED", SHARED_STEPS))),
     "select: threshold": Kernel(threshold_kernel, select, warps="THRESHOLD_WARPS"),
     "select: collect": Kernel(
@@ -198,13 +197,14 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 def compile_kernel(kernel: Kernel, head_dim: int, group: int, arch: int) -> dict[str, int]:
     """Figures of one kernel; sizes in bytes."""
-    names = kernel.function.arg_names
+    names, tiles = kernel.function.arg_names, dict(kernel.tiles)
+    rows = attend_pages.digit_rows if tiles.get("BYTES", True) else attend_pages.query_rows
     constants = {
         "HEADS": 8, "GROUP": group, "ROWS": attend_pages.query_rows(group), "FORMATS": 3, "PADDED": 4, "T": 64,
-        "R": attend_pages.digit_rows(group), "DK": head_dim, "K_DIM": head_dim, "DV": head_dim, "V_DIM": head_dim,
+        "R": rows(group), "DK": head_dim, "K_DIM": head_dim, "DV": head_dim, "V_DIM": head_dim,
         "DS": min(head_dim, 64), "D": head_dim, "DIM": head_dim, "INPUTS": head_dim,
         "OUTPUTS": min(head_dim, rotate_pages.OUTPUTS),
-        "ANY_TOPK": False, "ANY_EXCEPTIONS": False, "TWO": True, "TOP_P": True, **dict(kernel.tiles),
+        "ANY_TOPK": False, "ANY_EXCEPTIONS": False, "TWO": True, "TOP_P": True, **tiles,
     }  # fmt: skip
     constants = {name: value for name, value in constants.items() if name in names}
     types = TYPES | dict(kernel.types)

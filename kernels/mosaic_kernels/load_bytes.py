@@ -108,7 +108,7 @@ def token_scales(segment, scalars, row, t):
 
 
 @triton.jit
-def mean_values(segment, scalars, row, channel, DIM: tl.constexpr):
+def channel_means(segment, scalars, row, channel, DIM: tl.constexpr):
     """Mean V of channels without codes of a page of planes, float32 as `channel`; of others 0. row: scalar."""
     coded, _, means_at, scale_at = load_four(scalars + row * _SCALARS + _V)
     mean = load_one_byte(segment + means_at + channel, (channel >= coded) & (channel < DIM))

@@ -29,9 +29,10 @@ def of_one(x):
 
 
 @triton.jit
-def prefetch(segment, BYTES: tl.constexpr, LINES: tl.constexpr):
-    """Has the first bytes of a segment brought to the L2 cache; LINES: of 128 bytes, a power of two that holds them."""
+def prefetch(segment, most, LINES: tl.constexpr):
+    """Has the first `most` bytes from a segment on brought to the L2 cache; LINES: of 128 bytes, a power of two that
+    holds them."""
     if not INTERPRETED:
         at = tl.arange(0, LINES) * _LINE
-        at = segment + tl.where(at < BYTES, at, 0)
+        at = segment + tl.where(at < most, at, 0)
         tl.inline_asm_elementwise(_PREFETCH, "=r,l", [at.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1)

@@ -23,14 +23,15 @@ def load_chunks(q, r, factor, channels, D: tl.constexpr, GROUP: tl.constexpr, DI
 
 
 @triton.jit
-def page_query(
-    chunks, segment, scalars, words, row, channels, REFINED: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr
-):
-    """Queries (`load_chunks`) in the scale of a page: digits of every chunk, int8 [64, 2 R], what a product with them
-    is worth, float32 [R], and what logits have besides, float32 [R].
+def page_logits(
+    chunks, segment, scalars, words, row, kind, t, channels,
+    REFINED: tl.constexpr, D: tl.constexpr, R: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """Logits of queries (`load_chunks`) against tokens `t` int32 [1, T] of a page, float32 [T, R]; NaN where it was
+    never encoded.
 
-    segment, row: [1, 1]. Of the first `channels` of K, of D of WIDTH; without refinement a code is the middle of those
-    that share its base.
+    segment, row: [1, 1]; kind: scalar. Of the first `channels` of K, of D of WIDTH; without refinement a code is the
+    middle of those that share its base.
     """
     q0, most, rest = scale_query(chunks[0], segment, scalars, words, row, channels, 0, REFINED, WIDTH)
     q1, q2, q3 = q0, q0, q0
@@ -50,16 +51,7 @@ def page_query(
         d1 = query_digits(q1, inverse)
     if D > 128:
         d2, d3 = query_digits(q2, inverse), query_digits(q3, inverse)
-    return (d0, d1, d2, d3), most / MOST, tl.sum(rest, 0)
-
-
-@triton.jit
-def page_logits(
-    query, segment, words, row, kind, t, REFINED: tl.constexpr, D: tl.constexpr, R: tl.constexpr, WIDTH: tl.constexpr
-):
-    """Logits of `page_query` against tokens `t` int32 [1, T] of the page, float32 [T, R]; NaN where it was never
-    encoded. kind: scalar."""
-    digits, unit, rest = query
+    unit, rest = most / MOST, tl.sum(rest, 0)
     group = tl.arange(0, 4)[:, None]
     k0 = fetch_bytes(segment, words, row, group, t, REFINED, WIDTH)
     k1, k2, k3 = k0, k0, k0
@@ -68,11 +60,11 @@ def page_logits(
     if D > 128:
         k2 = fetch_bytes(segment, words, row, group + 8, t, REFINED, WIDTH)
         k3 = fetch_bytes(segment, words, row, group + 12, t, REFINED, WIDTH)
-    products = tl.dot(key_bytes(k0, REFINED), digits[0], out_dtype=tl.int32)
+    products = tl.dot(key_bytes(k0, REFINED), d0, out_dtype=tl.int32)
     if D > 64:
-        products = tl.dot(key_bytes(k1, REFINED), digits[1], products, out_dtype=tl.int32)
+        products = tl.dot(key_bytes(k1, REFINED), d1, products, out_dtype=tl.int32)
     if D > 128:
-        products = tl.dot(key_bytes(k2, REFINED), digits[2], products, out_dtype=tl.int32)
-        products = tl.dot(key_bytes(k3, REFINED), digits[3], products, out_dtype=tl.int32)
+        products = tl.dot(key_bytes(k2, REFINED), d2, products, out_dtype=tl.int32)
+        products = tl.dot(key_bytes(k3, REFINED), d3, products, out_dtype=tl.int32)
     logits = from_digits(products, t.shape[1], R) * unit[None, :] + rest[None, :]
     return tl.where(kind == INVALID, float("nan"), logits)

@@ -4,11 +4,11 @@ import triton
 import triton.language as tl
 
 from mosaic_kernels.digits import MOST, from_digits, half_of, inverse_of, to_digits
-from mosaic_kernels.load_bytes import BYTE_WORDS, SECOND, fetch_bytes, mean_values, token_scales, value_bytes
+from mosaic_kernels.load_bytes import BYTE_WORDS, SECOND, channel_means, fetch_bytes, token_scales, value_bytes
 from mosaic_kernels.load_piece import find_segment, load_piece, of_one, prefetch
 from mosaic_kernels.load_segment import find_row, load_number, value_channels
 from mosaic_kernels.load_words import load_four
-from mosaic_kernels.page_logits import load_chunks, page_logits, page_query
+from mosaic_kernels.page_logits import load_chunks, page_logits
 from mosaic_kernels.tile_attention import LOG2_E
 
 
@@ -37,11 +37,13 @@ def attend_pages_kernel(
     channel = group * 16 + tl.arange(0, DV)[:, None] // GROUPS
     top, total = tl.full([R], float("-inf"), tl.float32), tl.zeros([R], tl.float32)
     summed = tl.zeros([DV, R], tl.float32)
-    # Four and a half bits a value, scales included: what is more belongs to the next head, which reads it, too.
-    AHEAD: tl.constexpr = T * (K_DIM + V_DIM) // 16 * 9
+    start = tl.load(starts + of_head)
+    data += start
+    # Four and a half bits a value, scales included: what is more belongs to the next head, which reads it, too. No
+    # further than the frame, which may be the last of the pool.
+    ahead = tl.minimum(T * (K_DIM + V_DIM) // 16 * 9, frame_bytes - start)
     # A power of two that holds them, whatever the dimensions.
     LINES: tl.constexpr = T * (DK + DV) // 128
-    data += tl.load(starts + of_head)
     # Loaded a page or two before they are used: each waits for the one before.
     segment = find_segment(data, frame_bytes, frames, first)
     next_segment = find_segment(data, frame_bytes, frames, tl.minimum(first + 1, last - 1))
@@ -49,11 +51,10 @@ def attend_pages_kernel(
     for page in range(first, last):
         next_number = load_number(next_segment)
         after = find_segment(data, frame_bytes, frames, tl.minimum(page + 2, last - 1))
-        prefetch(next_segment, AHEAD, LINES)
+        prefetch(next_segment, ahead, LINES)
         row, kind = find_row(number, scalars, of_head * FORMATS, FORMATS)
-        query = page_query(chunks, of_one(segment), scalars, k_bytes, of_one(row), K_DIM, True, DK, DK)
         _, _, levels, _ = load_four(tl.broadcast_to(v_bytes + (row * GROUPS + group) * BYTE_WORDS + SECOND, [DV, R]))
-        logits = page_logits(query, of_one(segment), k_bytes, of_one(row), kind, t, True, DK, R, DK)
+        logits = page_logits(chunks, of_one(segment), scalars, k_bytes, of_one(row), kind, t, K_DIM, True, DK, R, DK)
         # Weights are those of the page, against its largest; so are its sums, until they are added.
         here = tl.max(logits, 0)
         new_top = tl.maximum(top, here)
@@ -71,7 +72,7 @@ def attend_pages_kernel(
         summed = summed * decay[None, :] + half_of(levels, 1) * (tl.sum(rounded, 0) * unit)[None, :]
         summed += from_digits(found, DV, R) * (half_of(levels, 0) * unit[None, :])
         if value_channels(scalars, row) < V_DIM:
-            mean = mean_values(segment, scalars, row, tl.broadcast_to(channel, [DV, R]), V_DIM)
+            mean = channel_means(segment, scalars, row, tl.broadcast_to(channel, [DV, R]), V_DIM)
             summed += mean * (tl.sum(weights, 0) * mine)[None, :]
         segment, next_segment, number = next_segment, after, next_number
     at = (piece * HEADS + head) * GROUP

@@ -6,13 +6,13 @@ import torch
 
 from mosaic_kernels.attend_pages.launch import check_queries, digit_rows, query_rows
 from mosaic_kernels.page_batch import PageBatch
-from mosaic_kernels.scan.any_kernel import scan_any_kernel
 from mosaic_kernels.scan.kernel import scan_kernel
 from mosaic_kernels.segment_table import BYTE_KEYS, SegmentTable, check_frames, padded
 
 WARPS, STAGES = 1, 1  # sums over a page then cross no barrier
 REGISTERS = 255
-"""Of a thread, at most: no limit, but told of one, the compiler does not save them by waiting with loads."""
+"""Of a thread, at most, where bytes are read: no limit, but told of one, the compiler does not save them by waiting
+with loads."""
 
 
 def scan(
@@ -50,22 +50,16 @@ def scan(
         )
     keys = torch.empty(table.heads, pages, table.page_size, dtype=torch.int16, device=q.device)
     page_lse = torch.empty(table.heads, pages, group, device=q.device)
-    if not batch.capacity:
-        return keys, page_lse
-    grid = batch.capacity, table.heads
-    of_table = table.starts, table.scan_channels, table.scalars
-    inputs = q, data, data.stride(0), batch.frames, batch.pieces, batch.epochs, batch.requests, *of_table
-    results = known_lse, keys, page_lse, pages, scale
-    sizes = {
-        "HEADS": table.heads, "GROUP": group, "FORMATS": table.formats, "T": table.page_size,
-        "DS": max(padded(table.most_scanned), 16), "K_DIM": table.k_dim, "DK": padded(table.k_dim),
-    }  # fmt: skip
-    options = {"num_warps": WARPS, "num_stages": STAGES}
-    if table.read_as_bytes and sizes["DS"] >= BYTE_KEYS:
-        scan_kernel[grid](*inputs, table.k_bytes, *results, R=digit_rows(group), maxnreg=REGISTERS, **sizes, **options)
-    else:
-        scan_any_kernel[grid](
-            *inputs, table.k_words, *results, ROWS=query_rows(group),
-            ANY_TOPK=table.any_topk, ANY_EXCEPTIONS=table.any_exceptions, **sizes, **options,
+    if batch.capacity:
+        scanned = max(padded(table.most_scanned), 16)
+        as_bytes = table.read_as_bytes and scanned >= BYTE_KEYS
+        scan_kernel[batch.capacity, table.heads](
+            q, data, data.stride(0), batch.frames, batch.pieces, batch.epochs, batch.requests,
+            table.starts, table.scan_channels, table.scalars, table.k_bytes if as_bytes else table.k_words,
+            known_lse, keys, page_lse, pages, scale,
+            HEADS=table.heads, GROUP=group, R=digit_rows(group) if as_bytes else query_rows(group),
+            FORMATS=table.formats, T=table.page_size, DS=scanned, K_DIM=table.k_dim, DK=padded(table.k_dim),
+            BYTES=as_bytes, ANY_TOPK=table.any_topk, ANY_EXCEPTIONS=table.any_exceptions,
+            maxnreg=REGISTERS if as_bytes else None, num_warps=WARPS, num_stages=STAGES,
         )  # fmt: skip
     return keys, page_lse
