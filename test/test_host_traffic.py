@@ -157,6 +157,21 @@ def test_without_room_for_all_the_start_of_a_sequence_is_kept(together: bool) ->
     tier.close()
 
 
+def test_the_first_page_has_room_before_those_of_another_kind() -> None:
+    """It is kept as it is, and takes the room of several compressed ones."""
+    memory, keys = pool_with_room_for(6)
+    tier = memory.host.tier
+    for pages in ([2, 3, 4, 5, 6], [1]):
+        memory.free(pages)
+        memory.host.evicted(pages, keys[pages[0] - 1 : pages[-1]], (pages[0] - 1) * PAGE_SIZE)
+    memory.begin_forward()
+    while tier.busy:
+        tier.poll()
+    held = [bool(tier.held([key])) for key in keys[:6]]
+    assert held == sorted(held, reverse=True) and held[0] and not held[5], held
+    tier.close()
+
+
 def test_what_is_farther_than_all_that_wait_has_no_room() -> None:
     memory = pool()
     tier = memory.host.tier

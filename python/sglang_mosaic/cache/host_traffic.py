@@ -88,12 +88,11 @@ class HostTraffic:
         counters.offered += len(copies)
         # Not run by run: launching what encodes one page takes as long as for all, and sequences begin with exact ones.
         kinds: dict[tuple[Epoch | None, bool], list[Copy]] = {}
-        for copy in copies:
+        for copy in sorted(copies, key=lambda copy: copy.position):
             kinds.setdefault((copy.epoch, copy.exact), []).append(copy)
         for (epoch, exact), alike in kinds.items():
             page_bytes = self._bytes(epoch, exact)
             if self.tier.room(page_bytes) < len(alike):
-                alike.sort(key=lambda copy: copy.position)
                 room = self.tier.make_room([copy.position for copy in alike], page_bytes)
                 counters.dropped += len(alike) - room
                 alike = alike[:room]
