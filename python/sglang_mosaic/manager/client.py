@@ -44,10 +44,10 @@ class Completion:
     """With OK: the record's own bytes, checked; of a calibration, the epoch's. Of a page, to be let go of soon: the
     memory is used again."""
     seconds: float = 0.0
-    """With OK: what the manager took for a record, from the question or, if that was later, from its answer before; by
-    its own word, so that it does not matter when `poll` was called."""
+    """With OK: what the manager took for a record, from the question or, if that was later, from its answer before, on
+    average over those that one `poll` found; by its own word, so that it does not matter when that was."""
     copy_seconds: float = 0.0
-    """The same of this side, which copies and checks what the manager gives, many at a time."""
+    """The same of this side, which copies and checks what the manager gives."""
 
 
 @dataclasses.dataclass

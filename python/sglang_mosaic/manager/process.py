@@ -17,12 +17,14 @@ from sglang_mosaic.manager.options import ManagerOptions
 from sglang_mosaic.manager.reserve import Reserve
 from sglang_mosaic.manager.service import Service
 from sglang_mosaic.wire import messages as wire
-from sglang_mosaic.wire.slots import SlotMemory
+from sglang_mosaic.wire.slots import COPYING_THREADS, SlotMemory
 
 QUIET_MS, BUSY_MS = 200, 10
 """How long the loop sleeps without a message, and while something in the background may end."""
 MOST_WAITING = 256
 """Replies that the owner has no room for, beyond which it is not listened to any more."""
+FETCHES_TOGETHER = 2 * COPYING_THREADS if COPYING_THREADS > 1 else 1
+"""Answered at a time."""
 SWITCH_S = 0.0005
 """How long the background thread may keep the interpreter while the other one has something to answer."""
 
@@ -73,6 +75,8 @@ class _Loop:
         self._arrivals = arrivals
         self._background = background
         self._owner: bytes | None = None
+        self._fetches: list[wire.Fetch] = []
+        """That came one after another and were not answered yet."""
         self._replies: deque[bytes] = deque()
 
     def run(self) -> None:
@@ -84,6 +88,7 @@ class _Loop:
             # All messages before anything else: a restore must not wait behind a report.
             while len(self._replies) < MOST_WAITING and self._take():
                 self._flush()
+            self._bring()
             self._say([*self._service.collect(), *self._arrivals.replies()])
             self._flush()
 
@@ -99,13 +104,26 @@ class _Loop:
             self._service.metrics.refused_messages += 1
             return True
         request = self._service.receive(parts[0])
-        if isinstance(request, wire.Put):
+        if isinstance(request, wire.Fetch):
+            self._fetches.append(request)
+            if len(self._fetches) == FETCHES_TOGETHER:
+                self._bring()
+        elif isinstance(request, wire.Put):
             self._arrivals.add(request)
         elif request is not None:
+            self._bring()
             self._arrivals.settle(request)
             self._say([*self._arrivals.replies(), *self._service.answer(request)])
         self._background.wake()
         return not self._service.leaving
+
+    def _bring(self) -> None:
+        """Answer the fetches that have come."""
+        fetches, self._fetches = self._fetches, []
+        for fetch in fetches:
+            self._arrivals.settle(fetch)
+        if fetches:
+            self._say([*self._arrivals.replies(), *self._service.fetch(fetches)])
 
     def _say(self, replies: list[wire.Reply]) -> None:
         self._replies.extend(wire.encode(reply) for reply in replies)

@@ -10,7 +10,11 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
+
+import msgspec
 
 from sglang_mosaic.manager.calibrator import Calibrator
 from sglang_mosaic.manager.keys import epoch_key, transform_key
@@ -27,12 +31,24 @@ from sglang_mosaic.manager.store.record import EPOCH_BYTES, Form, Record
 from sglang_mosaic.manager.store.tiers import Change, Store
 from sglang_mosaic.wire import messages as wire
 from sglang_mosaic.wire.messages import RecordKind, WireError
-from sglang_mosaic.wire.slots import SlotMemory, checksum
+from sglang_mosaic.wire.slots import COPYING_THREADS, SlotMemory, checksum
 
 MOST_RECORD_BYTES = 1 << 30
 """Largest record that is put in parts."""
 MOST_UPLOADS = 2
 """Records that may be half here at a time."""
+
+
+class _Found(NamedTuple):
+    """A record that was asked for."""
+
+    request: wire.Fetch
+    record: Record
+    total: int
+    """Bytes of what it restores to."""
+    part: memoryview
+    """Of these, what goes now."""
+    in_memory: bool
 
 
 class Service:
@@ -55,6 +71,7 @@ class Service:
         cold = ColdPages(options.cold_max_error, rope, self._epoch, self._transform)
         self._recompressor = Recompressor(options.host_max_error, self._epoch, cold)
         self._calibrator = Calibrator(options.calibration_threads)
+        self._copying = ThreadPoolExecutor(COPYING_THREADS, "copying") if COPYING_THREADS > 1 else None
         self._uploads: dict[bytes, bytearray] = {}
         self._statistics: dict[bytes, bytes | memoryview] = {}
         self._last_ticket = 0
@@ -92,7 +109,7 @@ class Service:
         if isinstance(request, wire.Put):
             return [self._put(request)]
         if isinstance(request, wire.Fetch):
-            return [self._fetch(request)]
+            return self.fetch([request])
         if isinstance(request, wire.Calibrate):
             return self._calibrate(request)
         if isinstance(request, wire.Cancel):
@@ -102,6 +119,28 @@ class Service:
             return [wire.Pong(ticket=request.ticket, metrics=self._gauged().as_dict())]
         self.leaving = True
         return []
+
+    def fetch(self, requests: list[wire.Fetch]) -> list[wire.Reply]:
+        """What to reply to fetches, in their order. Several threads copy, if there are so many cores."""
+        start = time.monotonic()
+        found = [self._find(request, start) for request in requests]
+        pool = self._copying if len(requests) > 1 else None
+        written = map(self._write, found) if pool is None else pool.map(self._write, found)
+        replies: list[wire.Reply] = []
+        for request, one, done in zip(requests, found, written, strict=True):
+            reply = wire.Fetched(ticket=request.ticket, slot=request.slot, key=request.key)
+            if one is not None and done is None:
+                self.metrics.refused_messages += 1
+            elif one is not None and done is not None:
+                payload, answered = done
+                self.metrics.hits_memory += one.in_memory
+                self.metrics.hits_disk += not one.in_memory
+                self.metrics.restore.add(answered - start)
+                reply = msgspec.structs.replace(
+                    reply, meta=one.record.meta, payload=payload, total=one.total, answered=answered
+                )
+            replies.append(reply)
+        return replies
 
     def collect(self) -> list[wire.Reply]:
         """What happened besides: calibrations that are done, records that came or went."""
@@ -152,6 +191,8 @@ class Service:
     def close(self) -> None:
         """End what still runs."""
         self._calibrator.close()
+        if self._copying is not None:
+            self._copying.shutdown()
 
     def _work_on_cold(self) -> bool:
         """Transform-code one page that is about to leave memory; False: there is none, or room enough."""
@@ -221,19 +262,18 @@ class Service:
         self.metrics.stored += 1
         return True
 
-    def _fetch(self, request: wire.Fetch) -> wire.Fetched:
-        start = time.monotonic()
+    def _find(self, request: wire.Fetch, now: float) -> _Found | None:
+        """What was asked for; None, and counted: a miss."""
         self.metrics.fetches += 1
-        miss = wire.Fetched(ticket=request.ticket, slot=request.slot, key=request.key)
-        if start > request.deadline:
+        if now > request.deadline:
             self.metrics.expired += 1
-            return miss
+            return None
         record_id = request.kind, request.key
         in_memory = record_id in self.store.memory
         record = self.store.get(record_id)
         if record is None:
             self.metrics.misses += 1
-            return miss
+            return None
         try:
             # What goes whole and as it is, the server checks against the same checksum.
             as_it_is = record.form is Form.RAW and record.length == len(record.body) <= self._slots.slot_bytes
@@ -242,31 +282,23 @@ class Service:
             self.metrics.refused_records += 1
             self.metrics.misses += 1
             self.store.remove(record_id)
-            return miss
+            return None
         part = memoryview(data)[request.offset : request.offset + self._slots.slot_bytes]
         if request.offset < 0 or not part:
             self.metrics.refused_messages += 1
-            return miss
+            return None
+        return _Found(request, record, len(data), part, in_memory)
+
+    def _write(self, found: _Found | None) -> tuple[wire.Payload, float] | None:
+        """Copy what was found into its slot, and when that was done; None: there is nothing, or no such slot."""
+        if found is None:
+            return None
+        known = found.record.checksum if len(found.part) == found.record.length else None
         try:
-            whole = len(part) == record.length
-            payload = self._slots.write(request.slot, request.key, part, record.checksum if whole else None)
+            payload = self._slots.write(found.request.slot, found.request.key, found.part, known)
         except WireError:
-            self.metrics.refused_messages += 1
-            return miss
-        if in_memory:
-            self.metrics.hits_memory += 1
-        else:
-            self.metrics.hits_disk += 1
-        self.metrics.restore.add(time.monotonic() - start)
-        return wire.Fetched(
-            ticket=request.ticket,
-            slot=request.slot,
-            key=request.key,
-            meta=record.meta,
-            payload=payload,
-            total=len(data),
-            answered=time.monotonic(),
-        )
+            return None
+        return payload, time.monotonic()
 
     def _calibrate(self, request: wire.Calibrate) -> list[wire.Reply]:
         statistics = self._statistics.pop(request.key, None)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import os
 import time
 from abc import abstractmethod
 from collections import OrderedDict, deque
@@ -19,15 +18,12 @@ from sglang_mosaic.manager.under_way import Calibration, FetchUnderWay, PutUnder
 from sglang_mosaic.wire import messages as wire
 from sglang_mosaic.wire.buffers import Allocate, Buffers, usual_memory
 from sglang_mosaic.wire.messages import Meta, Payload, RecordKind, Slot, WireError
-from sglang_mosaic.wire.slots import SlotAllocator, SlotMemory
+from sglang_mosaic.wire.slots import COPYING_THREADS, SlotAllocator, SlotMemory
 
 EPOCHS = 4
 """Epochs that are given to a new manager again."""
 KEPT_BYTES = 1 << 29
 """Of buffers for pages that have come back, between two restores."""
-READING_THREADS = max(min((os.cpu_count() or 1) // 4, 4), 1)
-"""Threads that copy payloads from slots and check them, .66 ms for a page of an 8B model, which steps wait for. Another
-one copies to slots, which nothing waits for."""
 MESSAGES_PER_POLL = 1024
 """Most messages that one poll looks at: bounds its time. More than there are slots: no answer that is there may count
 as late."""
@@ -52,7 +48,7 @@ class SlottedClient(ManagerClient):
         self._metrics: dict[str, Any] = {}
         self._answered = 0.0
         """When the manager gave its last answer to a fetch."""
-        self._reading = ThreadPoolExecutor(READING_THREADS, "mosaic-read")
+        self._reading = ThreadPoolExecutor(COPYING_THREADS, "mosaic-read")
         self._writing = ThreadPoolExecutor(1, "mosaic-write")
         self._writes: deque[PutUnderWay] = deque()
         """That the manager has not been told of, as their bytes are not all in their slots."""
@@ -396,10 +392,8 @@ class SlottedClient(ManagerClient):
         now = time.monotonic()
         # A time that cannot be is none: the manager may say anything.
         answered = reply.answered if fetch.asked <= reply.answered <= now else now
-        fetch.seconds += max(answered - max(fetch.asked, self._answered), 0.0)
-        self._answered = answered
         done = self._reading.submit(self._memory.read_into, payload, reply.key, data)
-        self._reads.append(Reading(fetch, reply, data, done))
+        self._reads.append(Reading(fetch, reply, data, answered, done))
 
     def _memory_for(self, fetch: FetchUnderWay, reply: wire.Fetched, payload: Payload) -> memoryview | None:
         """Memory for a part of a record; None: it is none of what was asked for."""
@@ -418,11 +412,21 @@ class SlottedClient(ManagerClient):
         """What this poll reads, once it is here: a page that comes a turn later may come a long forward later."""
         reads, self._reads = self._reads, []
         wait([reading.done for reading in reads])
-        now = time.monotonic()
+        now, worked = time.monotonic(), self._worked(reads)
         for reading in reads:
             self._slots.give_back(reading.reply.ticket, reading.reply.slot)
+            reading.fetch.seconds += worked / len(reads)
             reading.fetch.copy_seconds += (now - reads[0].began) / len(reads)
             self._read(reading)
+
+    def _worked(self, reads: list[Reading]) -> float:
+        """Seconds in which the manager had one of these to answer, after all answers before. It answers several at a
+        time, so that each one's own says nothing."""
+        worked = 0.0
+        for reading in sorted(reads, key=lambda reading: reading.answered):
+            worked += max(reading.answered - max(reading.fetch.asked, self._answered), 0.0)
+            self._answered = max(self._answered, reading.answered)
+        return worked
 
     def _read(self, reading: Reading) -> None:
         fetch, data = reading.fetch, reading.data

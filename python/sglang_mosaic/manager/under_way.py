@@ -65,6 +65,8 @@ class Reading:
     fetch: FetchUnderWay
     reply: Fetched
     data: memoryview
+    answered: float
+    """When the manager said that it was there."""
     done: Future[None]
     """WireError: it is not what was meant."""
     began: float = dataclasses.field(default_factory=time.monotonic)

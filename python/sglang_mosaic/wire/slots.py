@@ -17,6 +17,10 @@ import xxhash
 
 from sglang_mosaic.wire.messages import Payload, Slot, WireError
 
+COPYING_THREADS = max(min((os.cpu_count() or 1) // 4, 4), 1)
+"""Threads that copy what comes back, of either side: .3 to .7 ms for a page of an 8B model, which steps wait for. What
+goes to the manager has one, as nothing waits for it."""
+
 
 def checksum(key: bytes, data: bytes | memoryview) -> int:
     """64 bits of a record's key and bytes."""
