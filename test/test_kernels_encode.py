@@ -16,6 +16,7 @@ from mosaic_kernels.segment_encode.reference import rotate_pages
 from mosaic_kernels.segment_table import HeadFormats, make_table
 from mosaic_kernels.topk.segment import TopKFormat
 from segment_cases import FORMATS, INF, packed, sample
+from sglang_mosaic.cache.page_encoder import PageEncoder
 from sglang_mosaic.codec.basis import LayerBasis
 from sglang_mosaic.codec.encoding import Segments, encode_segments
 from sglang_mosaic.codec.kernel_encoding import KernelEncoder
@@ -200,6 +201,31 @@ def test_all_layers_of_pages(odd: int | None, monkeypatch: pytest.MonkeyPatch) -
     assert [layer for layer, _ in put] == [0, 1] + ([] if odd is None else [odd])
     for layer, (data, of_layer) in enumerate(wanted):
         assert torch.equal(dict(put)[layer], data) and torch.equal(errors[layer], of_layer)
+
+
+@pytest.mark.parametrize("odd", [None, 1])
+@pytest.mark.parametrize("count", [2] if INTERPRETED else [1, 16, 17, 32, 33])
+def test_frames_are_encoded_as_their_pages_are(count: int, odd: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a graph on a GPU; in chunks, filled up, and again where a layer has a segment of a rare kind."""
+    _, epoch = calibrated(ratio=5.0, device=DEVICE)
+    made = [[x.to(DEVICE) for x in (pages(40, HEADS, layer), pages(40, HEADS, layer + 9))] for layer in range(2)]
+    encoders = [KernelEncoder(epoch._segments_of(layer), torch.device(DEVICE)) for layer in range(2)]
+    if odd is not None:
+        ordinary, rare = encoders[odd].encode_ordinary, torch.tensor(True, device=DEVICE)
+        encoders[odd].encode_ordinary = lambda k, v: (ordinary(k, v)[0]._replace(data=0 * ordinary(k, v)[0].data), rare)
+    monkeypatch.setattr(PlanesEpoch, "_kernels", lambda self, layer, k, v: encoders[layer])
+    encoder = PageEncoder(2, lambda layer, frames: tuple(x[frames] for x in made[layer]))
+    for start in (0, 7):  # the second time replays
+        frames = [(3 * i + start) % 40 for i in range(count)]
+        found = torch.zeros(count, epoch.frame_bytes, dtype=torch.uint8, device=DEVICE)
+
+        def put(positions: slice, span: slice, data: torch.Tensor, found: torch.Tensor = found) -> None:
+            found[positions, span] = data
+
+        errors = encoder.encode(epoch, frames, torch.device(DEVICE), put)
+        for layer in range(2):
+            data, of_layer = encoders[layer].encode(*(x[frames] for x in made[layer]))[:2]
+            assert torch.equal(found[:, epoch.span(layer)], data) and torch.equal(errors[layer], of_layer)
 
 
 def test_arguments_that_do_not_fit_are_refused() -> None:

@@ -30,6 +30,7 @@ from sglang.srt.mem_cache.radix_cache import RadixKey  # noqa: E402
 
 from sglang_mosaic.adapter.allocator import with_page_events  # noqa: E402
 from sglang_mosaic.adapter.cpu_platform_class import cpu_allocator_class  # noqa: E402
+from sglang_mosaic.adapter.node_pages import NodePages  # noqa: E402
 from sglang_mosaic.adapter.radix_cache import MosaicRadixCache  # noqa: E402
 from sglang_mosaic.cache.dense_bytes import dense_bytes  # noqa: E402
 from sglang_mosaic.cache.host_page import HostPage  # noqa: E402
@@ -358,6 +359,10 @@ class Pool(RuleBasedStateMachine):
         total = self.allocator.available_size() + self.tree.evictable_size() + self.tree.protected_size() + in_requests
         assert total == self.memory.plan.logical_tokens
         assert self.allocator.host_free_pages() == self.allocator.free_pages.tolist()
+        nodes = list(self.tree.root_node.children.values())
+        for node in nodes:
+            assert NodePages.of(node.value) == (node.value[::PAGE_SIZE] // PAGE_SIZE).tolist()
+            nodes += node.children.values()
 
     @precondition(lambda self: self.used)
     @rule()

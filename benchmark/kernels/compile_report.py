@@ -106,7 +106,12 @@ class Kernel(NamedTuple):
     registers: int | None = None
     """That a thread may have, if its launch says so."""
     least_dim: int = 16
-    """Heads of fewer channels have another kernel."""
+    """Heads of fewer channels of V, or of K for kernels that read no V, have another kernel."""
+
+    def takes(self, k_dim: int, v_dim: int) -> bool:
+        """Whether it is launched for such heads, and not the same for other widths of K or V."""
+        both = {"DK", "DV"} <= set(self.function.arg_names)
+        return v_dim >= self.least_dim and (both or k_dim == v_dim)
 
 
 WIDE = "ROWS", MOST_GROUP
@@ -188,22 +193,35 @@ KERNELS = {
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """The options; exits with argparse's message on a bad one."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--head-dims", type=integer(16), nargs="+", default=[64, 128])
+    parser.add_argument(
+        "--head-dims",
+        type=dimensions,
+        nargs="+",
+        default=[(64, 64), (128, 128)],
+        metavar="D",
+        help="channels of K and V, or K/V, where only kernels that read both are compiled (default: 64 128)",
+    )
     parser.add_argument("--group", type=integer(1), default=4, help="query heads per KV head (default %(default)s)")
     parser.add_argument("--arch", type=integer(80), default=90, help="compute capability (default %(default)s)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write rows and the environment")
     return parser.parse_args(argv)
 
 
-def compile_kernel(kernel: Kernel, head_dim: int, group: int, arch: int) -> dict[str, int]:
+def dimensions(text: str) -> tuple[int, int]:
+    """Channels of K and of V."""
+    k_dim, _, v_dim = text.partition("/")
+    return integer(16)(k_dim), integer(16)(v_dim or k_dim)
+
+
+def compile_kernel(kernel: Kernel, k_dim: int, v_dim: int, group: int, arch: int) -> dict[str, int]:
     """Figures of one kernel; sizes in bytes."""
     names, tiles = kernel.function.arg_names, dict(kernel.tiles)
     rows = attend_pages.digit_rows if tiles.get("BYTES", True) else attend_pages.query_rows
     constants = {
         "HEADS": 8, "GROUP": group, "ROWS": attend_pages.query_rows(group), "FORMATS": 3, "PADDED": 4, "T": 64,
-        "R": rows(group), "DK": head_dim, "K_DIM": head_dim, "DV": head_dim, "V_DIM": head_dim,
-        "DS": min(head_dim, 64), "D": head_dim, "DIM": head_dim, "INPUTS": head_dim,
-        "OUTPUTS": min(head_dim, rotate_pages.OUTPUTS),
+        "R": rows(group), "DK": k_dim, "K_DIM": k_dim, "DV": v_dim, "V_DIM": v_dim,
+        "DS": min(k_dim, 64), "D": k_dim, "DIM": k_dim, "INPUTS": k_dim,
+        "OUTPUTS": min(k_dim, rotate_pages.OUTPUTS),
         "ANY_TOPK": False, "ANY_EXCEPTIONS": False, "TWO": True, "TOP_P": True, **tiles,
     }  # fmt: skip
     constants = {name: value for name, value in constants.items() if name in names}
@@ -255,10 +273,11 @@ def main(argv: list[str] | None = None) -> int:
     """Run the script; returns the exit status."""
     args = parse_arguments(argv)
     rows: list[dict[str, Any]] = []
-    for head_dim in args.head_dims:
-        kernels = {name: kernel for name, kernel in KERNELS.items() if head_dim >= kernel.least_dim}
+    for k_dim, v_dim in args.head_dims:
+        kernels = {name: kernel for name, kernel in KERNELS.items() if kernel.takes(k_dim, v_dim)}
+        head_dim = k_dim if k_dim == v_dim else f"{k_dim}/{v_dim}"
         for name, kernel in tqdm(kernels.items(), desc=f"head_dim {head_dim}", unit="kernel"):
-            figures = compile_kernel(kernel, head_dim, args.group, args.arch)
+            figures = compile_kernel(kernel, k_dim, v_dim, args.group, args.arch)
             rows.append({"kernel": name, "head_dim": head_dim, **figures})
     header = list(rows[0])
     print(format_table([name.replace("_", " ") for name in header], [[row[name] for name in header] for row in rows]))

@@ -43,7 +43,7 @@ def attend_pages_kernel(
     # further than the frame, which may be the last of the pool.
     ahead = tl.minimum(T * (K_DIM + V_DIM) // 16 * 9, frame_bytes - start)
     # A power of two that holds them, whatever the dimensions.
-    LINES: tl.constexpr = T * (DK + DV) // 128
+    LINES: tl.constexpr = T * 2 * (DK if DK > DV else DV) // 128
     # Loaded a page or two before they are used: each waits for the one before.
     segment = find_segment(data, frame_bytes, frames, first)
     next_segment = find_segment(data, frame_bytes, frames, tl.minimum(first + 1, last - 1))

@@ -1,7 +1,8 @@
 """SGLang's page allocator, with every page that it hands out or takes back reported to the page memory.
 
 Its accounting is untouched. The free list lives on the device, so a host mirror follows it: allocation pops from the
-front, release pushes to the front, and reading pages back from the device is needed for released ones only.
+front, release pushes to the front, and reading pages back from the device is needed for released ones only, unless they
+are those of a node of the tree.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Any
 
 import torch
 
+from sglang_mosaic.adapter.node_pages import NodePages
 from sglang_mosaic.cache.host_page import HostPage
 from sglang_mosaic.page import PAGE_SIZE, pages_for
 
@@ -21,6 +23,9 @@ def with_page_events(base: type) -> type:
     """Subclass of the paged allocator ``base`` that drives ``kvcache.memory``."""
 
     class MosaicAllocator(base):  # type: ignore[misc, valid-type]
+        _released: list[int] | None = None
+        """Pages of the slots that are being freed, where they are known."""
+
         def alloc(self, need_size: int) -> torch.Tensor | None:
             before = len(self.free_pages)
             slots = super().alloc(need_size)
@@ -60,9 +65,14 @@ def with_page_events(base: type) -> type:
                 pages = [self._mirror.pop() for _ in range(count)]
                 self._kvcache.memory.allocate(pages, [pages[i] for i in sink_positions])
 
+        def free_segment(self, free_index: torch.Tensor, *, start_pos: int) -> None:
+            self._released = NodePages.of(free_index)
+            super().free_segment(free_index, start_pos=start_pos)
+            self._released = None
+
         def _release_page_ids(self, *page_ids: torch.Tensor) -> None:
             super()._release_page_ids(*page_ids)
-            pages = torch.cat(page_ids).tolist()
+            pages = torch.cat(page_ids).tolist() if self._released is None else self._released
             self._mirror.extend(reversed(pages))
             self._kvcache.memory.free(pages)
 

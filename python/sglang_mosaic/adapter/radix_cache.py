@@ -13,6 +13,7 @@ from sglang.srt.mem_cache.cache_init_params import CacheInitParams
 from sglang.srt.mem_cache.radix_cache import RadixCache, RadixKey, TreeNode
 
 from sglang_mosaic.adapter import compat
+from sglang_mosaic.adapter.node_pages import NodePages
 from sglang_mosaic.adapter.restoring import Restoring, RestoringPays
 from sglang_mosaic.cache.host_page import HostPage
 from sglang_mosaic.manager.keys import namespace, page_keys
@@ -65,12 +66,19 @@ class MosaicRadixCache(RadixCache):
     def _delete_leaf(self, node: TreeNode) -> None:
         # Its pages were freed just now, and their frames are intact until the next forward.
         if self._identity:
-            pages = (node.value[::PAGE_SIZE] // PAGE_SIZE).tolist()
+            pages = NodePages.of(node.value) or NodePages(node.value)()
             self._memory.host.evicted(pages, self._keys(node), self._position(node))
         super()._delete_leaf(node)
 
+    def _record_store_event(self, node: TreeNode) -> None:
+        # Called for every new node with slots, but for those of a split.
+        super()._record_store_event(node)
+        NodePages.note(node.value)
+
     def _split_node(self, key: RadixKey, child: TreeNode, split_len: int) -> TreeNode:
         new_node = super()._split_node(key, child, split_len)
+        NodePages.note(new_node.value)
+        NodePages.note(child.value)
         keys = getattr(child, "page_keys", None)
         if keys is not None:
             pages = split_len // PAGE_SIZE

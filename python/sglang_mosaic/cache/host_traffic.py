@@ -128,17 +128,22 @@ class HostTraffic:
     def _copy_alike(self, copies: list[Copy], epoch: Epoch | None, exact: bool) -> None:
         """Copies of one kind: dense frames as they are, mosaic frames of an epoch, or dense frames to encode."""
         memory, current = self._memory, self._encoder(exact)
-        frames = torch.tensor([copy.frame for copy in copies], device=memory.table.frames.device)
+        numbers, device = [copy.frame for copy in copies], memory.table.frames.device
         if epoch is not None:
             used = memory.slab.frames[:, : planes_of(epoch).frame_bytes]
-            rows, hash_ = used[frames - memory.table.first_mosaic], epoch.hash
+            rows, hash_ = used[torch.tensor(numbers, device=device) - memory.table.first_mosaic], epoch.hash
         elif current is None:
+            frames = torch.tensor(numbers, device=device)
             rows, hash_ = dense_bytes(memory.dense_k, memory.dense_v, frames), ""
         else:
-            parts: dict[int, torch.Tensor] = {}
-            layers = len(memory.dense_k)
-            current.encode_layers(layers, lambda layer: memory.dense_rows(layer, frames), parts.__setitem__)
-            rows, hash_ = torch.cat([parts[layer] for layer in range(layers)], 1), current.hash
+            nbytes = current.span(len(memory.dense_k) - 1).stop
+            encoded = torch.empty(len(copies), nbytes, dtype=torch.uint8, device=device)
+
+            def put(positions: slice, span: slice, data: torch.Tensor) -> None:
+                encoded[positions, span] = data
+
+            memory.encoder.encode(current, numbers, device, put)
+            rows, hash_ = encoded, current.hash
         self.tier.keep([Label(copy.key, hash_, copy.position) for copy in copies], rows)
 
     def _valid_of(self, hash_: str, pages: list[HostPage]) -> int:

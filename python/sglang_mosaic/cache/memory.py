@@ -18,6 +18,7 @@ from sglang_mosaic.cache.host_page import HostPage
 from sglang_mosaic.cache.host_tier import HostTier
 from sglang_mosaic.cache.host_traffic import HostTraffic
 from sglang_mosaic.cache.lifecycle import Copy, Encoding, Operation, PageLifecycle
+from sglang_mosaic.cache.page_encoder import PageEncoder
 from sglang_mosaic.cache.samples import PageSamples, SampledPage
 from sglang_mosaic.cache.written_slots import WrittenSlots
 from sglang_mosaic.codec.base import Codec, Epoch
@@ -78,6 +79,7 @@ class PageMemory:
         )
         if epoch is not None:
             self.epochs.start(epoch)
+        self.encoder = PageEncoder(len(dense_k), self.dense_rows)
         self._on_epoch = on_epoch
         self._beside = beside
         self._samples = PageSamples(self._read)
@@ -298,15 +300,12 @@ class PageMemory:
         if self.epochs.due(frame for frame in self._mosaic_in_use() if frame not in target):
             self._calibrate(dense)
         device = self.table.frames.device
-        epoch = self._newest
-        source = torch.tensor(dense, device=device)
         rows = torch.tensor([e.mosaic_frame for e in encodings], device=device) - self.table.first_mosaic
 
-        def put(layer: int, data: torch.Tensor) -> None:
-            self.slab.frames[:, epoch.span(layer)].index_copy_(0, rows, data)
+        def put(positions: slice, span: slice, data: torch.Tensor) -> None:
+            self.slab.frames[:, span].index_copy_(0, rows[positions], data)
 
-        errors = epoch.encode_layers(len(self.dense_k), lambda layer: self.dense_rows(layer, source), put)
-        self._errors.add(errors)
+        self._errors.add(self.encoder.encode(self._newest, dense, device, put))
         self.epochs.written(e.mosaic_frame for e in encodings)
 
     @property
@@ -338,9 +337,8 @@ class PageMemory:
         self._unjudged.clear()
         if not pages:
             return
-        frames = torch.tensor([self.lifecycle.frame[page] for page in pages], device=self.table.frames.device)
-        layers = len(self.dense_k)
-        errors = self._newest.encode_layers(layers, lambda layer: self.dense_rows(layer, frames), lambda *_: None)
+        frames = [self.lifecycle.frame[page] for page in pages]
+        errors = self.encoder.encode(self._newest, frames, self.table.frames.device, lambda *_: None)
         over = (errors.double().square().mean((0, 2)).sqrt() > limit).tolist()
         self.lifecycle.costly.update(page for page, exceeds in zip(pages, over, strict=True) if exceeds)
 

@@ -108,23 +108,48 @@ class PlanesEpoch(Epoch):
     def encode_layers(self, layers: int, rows: Rows, put: Put) -> torch.Tensor:
         """By kernels, the device is asked once whether any segment got a format of a rare kind, instead of once a
         layer; layers in which one did, as yet none of a real model, are encoded again."""
-        errors, rare = [], {}
+        if self._kernels(0, *rows(0)) is None:
+            return super().encode_layers(layers, rows, put)
+        errors, rare = self.encode_ordinary(layers, rows, put)
+        return self.encode_rare(rare, errors, rows, put)
+
+    def kernels_encode(self, device: torch.device) -> bool:
+        """Whether kernels encode pages on a device."""
+        _, k_dim, v_dim = self._heads_and_dims
+        return device.type == "cuda" and kernels_can(k_dim, v_dim)
+
+    def encode_ordinary(self, layers: int, rows: Rows, put: Put) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The launches of `encode_layers`, where kernels encode: nothing waits, and a CUDA graph can replay them.
+
+        Returns:
+            Errors, and bool [layers]: where a segment got a format of a rare kind, so that the layer's bytes and
+            errors are of no use. None: nowhere, as no head has any.
+        """
+        errors, rare = [], []
         for layer in range(layers):
             k, v = rows(layer)
             encoder = self._kernels(layer, k, v)
-            if encoder is None:
-                data, of_layer = self.encode(layer, k, v)
-            else:
-                (data, of_layer, _), found = encoder.encode_ordinary(k, v)
-                if found is not None:
-                    rare[layer] = found
+            assert encoder is not None
+            (data, of_layer, _), found = encoder.encode_ordinary(k, v)
             put(layer, data)
             errors.append(of_layer)
-        again = torch.stack(list(rare.values())).tolist() if rare else []
-        for layer in itertools.compress(rare, again):
-            data, errors[layer] = self.encode(layer, *rows(layer))
-            put(layer, data)
-        return torch.stack(errors)
+            rare.append(found)
+        there = [found for found in rare if found is not None]
+        none = torch.zeros((), dtype=torch.bool, device=errors[0].device)
+        flags = torch.stack([none if found is None else found for found in rare]) if there else None
+        return torch.stack(errors), flags
+
+    def encode_rare(self, rare: torch.Tensor | None, errors: torch.Tensor, rows: Rows, put: Put) -> torch.Tensor:
+        """What `encode_ordinary` could not do. Waits for the device if it has to be asked.
+
+        Args:
+            rare, errors: as it gave them; the errors are written to, and returned.
+        """
+        for layer, found in enumerate([] if rare is None else rare.tolist()):
+            if found:
+                data, errors[layer] = self.encode(layer, *rows(layer))
+                put(layer, data)
+        return errors
 
     def _kernels(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> KernelEncoder | None:
         """What encodes such pages of a layer; None: the reference.
@@ -132,10 +157,8 @@ class PlanesEpoch(Epoch):
         Raises:
             ValueError: a shape does not fit.
         """
-        plan = self.layers[layer]
-        k_dim, v_dim = plan.basis.k_basis.shape[1], plan.basis.v_basis.shape[1]
-        check_pages(k, v, self.page_size, len(plan.heads), k_dim, v_dim)
-        if not k.is_cuda or not kernels_can(k_dim, v_dim):
+        check_pages(k, v, self.page_size, *self._heads_and_dims)
+        if not self.kernels_encode(k.device):
             return None
         if layer not in self._encoders:
             # Imported here: Triton needs a GPU's driver.
@@ -143,6 +166,12 @@ class PlanesEpoch(Epoch):
 
             self._encoders[layer] = KernelEncoder(self._segments_of(layer), k.device)
         return self._encoders[layer]
+
+    @property
+    def _heads_and_dims(self) -> tuple[int, int, int]:
+        """KV heads and channels of K and V, of every layer."""
+        basis = self.layers[0].basis
+        return len(self.layers[0].heads), basis.k_basis.shape[1], basis.v_basis.shape[1]
 
     def _segments_of(self, layer: int) -> Segments:
         return Segments(self.layers[layer], self._segments[layer], self._v_weights[layer])

@@ -17,7 +17,7 @@ import xxhash
 
 from sglang_mosaic.wire.messages import Payload, Slot, WireError
 
-COPYING_THREADS = max(min((os.cpu_count() or 1) // 4, 4), 1)
+COPYING_THREADS = max(min((os.cpu_count() or 1) // 2, 8), 1)
 """Threads that copy what comes back, of either side: .3 to .7 ms for a page of an 8B model, which steps wait for. What
 goes to the manager has one, as nothing waits for it."""
 

@@ -1,0 +1,50 @@
+"""The pages behind a node of the prefix tree, known on the host before they are needed.
+
+A node's slots lie on the device. Whoever reads them when the node is evicted waits until the device has time for it,
+15 to 47 ms between the kernels of a forward on an H200 (docs/manager.md); so they are read when the node is made, which
+nobody waits for.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from sglang_mosaic.page import PAGE_SIZE
+
+_ATTRIBUTE = "mosaic_pages"
+
+
+class NodePages:
+    """
+    Args:
+        slots: int64 [pages * 64], whole pages, as of now in the current stream.
+    """
+
+    def __init__(self, slots: torch.Tensor) -> None:
+        pages = slots[::PAGE_SIZE] // PAGE_SIZE
+        self._known: list[int] | None = None
+        self._done: torch.cuda.Event | None = None
+        if pages.is_cuda:
+            self._pages = torch.empty(pages.shape, dtype=pages.dtype, pin_memory=True)
+            self._pages.copy_(pages, non_blocking=True)
+            self._done = torch.cuda.current_stream(pages.device).record_event()
+        else:
+            self._pages = pages
+
+    @classmethod
+    def note(cls, slots: torch.Tensor) -> None:
+        """Begin to read the pages of a node's slots, and remember them with the tensor."""
+        setattr(slots, _ATTRIBUTE, cls(slots))
+
+    @classmethod
+    def of(cls, slots: torch.Tensor) -> list[int] | None:
+        """Pages of slots that were noted; None: they were not."""
+        noted: NodePages | None = getattr(slots, _ATTRIBUTE, None)
+        return None if noted is None else noted()
+
+    def __call__(self) -> list[int]:
+        if self._known is None:
+            if self._done is not None:
+                self._done.synchronize()
+            self._known = self._pages.tolist()
+        return self._known
