@@ -112,7 +112,7 @@ def test_bytes_of_a_case() -> None:
     wanted = {
         "query_squares": pages * 64 * 2 * 64 * 2 + 2 * 64 * 8,
         "rotate": rotated // 2 + 2 * (64 * 64 * 3 + 4) + rotated,  # three digits a value of the bases
-        "segment_choice": rotated + pages * 4 + 8 * 4 * 8 + 8 + 64 * 8 + 64 * 4,  # three formats, filled up to four
+        "segment_choice": rotated + pages * 4 + 8 * 2 * 8 + 8 + 64 * 8 + 64 * 4,  # two formats
         "segment_encode": rotated + segments,
         "segment_error": rotated + segments + pages * (16 + 4),
         "segment_decode": pages * (SEGMENT + 64 * 128 * 2),

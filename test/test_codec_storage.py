@@ -10,10 +10,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from mosaic_kernels.topk.segment import TopKFormat
 from sglang_mosaic.adapter.calibration import check_fits, load_calibration, save_calibration
 from sglang_mosaic.adapter.geometry import Geometry
 from sglang_mosaic.codec import LayerSample, PlanesCodec
 from sglang_mosaic.codec import storage as storage_module
+from sglang_mosaic.codec.plan import LayerPlan
+from sglang_mosaic.codec.planes import PlanesEpoch
 from sglang_mosaic.codec.storage import VERSION, load_epoch, save_epoch
 from sglang_mosaic.config import MosaicConfig
 from sglang_mosaic.errors import ConfigError
@@ -33,9 +36,19 @@ def make_epoch(ratio=4.0, layers=LAYERS):
     codec = PlanesCodec(layers, HEADS, K_DIM, V_DIM, ratio=ratio)
     for layer in range(layers):
         codec.observe_queries(layer, torch.randn(50, HEADS * 2, K_DIM, generator=torch.Generator().manual_seed(layer)))
-    return codec.calibrate(
+    made = codec.calibrate(
         [LayerSample(k, v, 1) for k, v in zip(pages(K_DIM, 0, layers), pages(V_DIM, 1, layers), strict=True)]
     )
+    return PlanesEpoch([with_topk(plan) for plan in made.layers], made.page_size)
+
+
+def with_topk(plan: LayerPlan) -> LayerPlan:
+    """A format of the other kind more in every head."""
+    heads = []
+    for head in plan.heads:
+        sparse = TopKFormat.fitting(head.segment_bytes, K_DIM, V_DIM, 64)
+        heads.append(head._replace(formats=(*head.formats, sparse)))
+    return plan._replace(heads=tuple(heads))
 
 
 @pytest.fixture(scope="module")

@@ -44,6 +44,7 @@ def pool(encode: str = "seal", most_bytes: int = 1 << 26, max_error: float | Non
         HostTier(
             InProcessClient(options),
             most_bytes,
+            most_bytes,
             8,
             Buffers(most_bytes, pinned_memory if DEVICE == "cuda" else usual_memory),
             lambda hash_: memory.epochs.number(hash_) is not None,

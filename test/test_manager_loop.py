@@ -79,13 +79,13 @@ class SlowService:
         self.began, self.goes_on = threading.Event(), threading.Event()
         self.answered: list[int] = []
 
-    def answer(self, put: wire.Put) -> list[wire.Reply]:
+    def store_all(self, puts: list[wire.Put]) -> list[wire.Reply]:
         self.began.set()
         self.goes_on.wait(20)
-        if put.ticket == 13:
+        if any(put.ticket == 13 for put in puts):
             raise RuntimeError("thirteen")
-        self.answered.append(put.ticket)
-        return [wire.Stored(ticket=put.ticket, slot=put.payload.slot, accepted=True)]
+        self.answered += [put.ticket for put in puts]
+        return [wire.Stored(ticket=put.ticket, slot=put.payload.slot, accepted=True) for put in puts]
 
 
 def put_of(ticket: int) -> wire.Put:

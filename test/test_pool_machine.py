@@ -122,6 +122,7 @@ class Pool(RuleBasedStateMachine):
         self.tier = Tier(
             InProcessClient(options),
             40 * DENSE_BYTES,
+            40 * DENSE_BYTES,
             options.slots,
             Buffers(40 * DENSE_BYTES),
             readable=lambda hash_: memory.epochs.number(hash_) is not None,

@@ -38,7 +38,6 @@ from mosaic_kernels.segment_encode.reference import pack
 from mosaic_kernels.segment_table import HeadFormats, SegmentTable, make_table
 from mosaic_kernels.select.reference import choose_tokens, far_logits
 from mosaic_kernels.select.selection import Selected, SelectionPlan, plan_selection
-from mosaic_kernels.topk.segment import TopKFormat
 
 DISTINCT = 64
 """Pages that are encoded; the others are copies of them."""
@@ -80,10 +79,8 @@ class Dense(NamedTuple):
     sums: torch.Tensor
     """float64 [H, D], 0: their statistics."""
     choices: tuple[HeadChoice, ...]
-    """The pool's formats and, as in every real plan, one of top-k, which no page of normal values gets."""
+    """The pool's formats."""
     costs: ChoiceTable
-    table: SegmentTable
-    """Of the same formats."""
     data: torch.Tensor
     """uint8 [pages, frame_bytes]: where errors are looked for."""
 
@@ -274,12 +271,7 @@ def _dense(dims: Dims, pool: Pool, pages: int, generator: torch.Generator) -> De
     def normal(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=generator, device=device)
 
-    choices, heads = [], []
-    for head in pool.heads:
-        nbytes = max(fmt.segment_bytes for fmt in head.formats)
-        formats = *head.formats, TopKFormat.fitting(nbytes, dims.dim, dims.dim, PAGE)
-        choices.append(HeadChoice(formats, 1e-4, (1e-4,) * dims.dim))
-        heads.append(head._replace(formats=formats))
+    choices = [HeadChoice(head.formats, 1e-4, (1e-4,) * dims.dim) for head in pool.heads]
     keys, values = (normal(pages, PAGE, dims.heads, dims.dim).bfloat16() for _ in range(2))
     bases = [torch.linalg.qr(normal(dims.heads, dims.dim, dims.dim))[0].contiguous() for _ in range(2)]
     return Dense(
@@ -291,7 +283,6 @@ def _dense(dims: Dims, pool: Pool, pages: int, generator: torch.Generator) -> De
         sums=torch.zeros(dims.heads, dims.dim, dtype=torch.float64, device=device),
         choices=tuple(choices),
         costs=make_choice_table(choices, device),
-        table=make_table([heads], device),
         data=torch.zeros(pages, pool.data.shape[1], dtype=torch.uint8, device=device),
     )
 

@@ -84,7 +84,7 @@ def _rotate(case: Case) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _choose(case: Case, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    return choose(keys, values, case.dense.costs, case.dense.table)
+    return choose(keys, values, case.dense.costs, case.pool.table)
 
 
 def _pack(case: Case) -> torch.Tensor:
@@ -93,16 +93,14 @@ def _pack(case: Case) -> torch.Tensor:
 
 
 def _write_errors(case: Case, rotated: Rotated) -> torch.Tensor:
-    # As a server does whose pages get no format of a rare kind.
-    ordinary = case.dense.table._replace(any_topk=False)
-    return write_errors(*rotated, case.dense.costs, ordinary)
+    return write_errors(*rotated, case.dense.costs, case.pool.table)
 
 
 def _encode(case: Case) -> tuple[Rotated, torch.Tensor]:
-    """What PlanesEpoch.encode does on a GPU, but for asking whether a segment got a format of a rare kind."""
+    """What PlanesEpoch.encode does on a GPU with a plan that has no format of a rare kind."""
     keys, values = _rotate(case)
     rotated = Rotated(keys, values, _choose(case, keys, values), torch.zeros_like(case.dense.data))
-    encode_pages(*rotated, case.dense.table)
+    encode_pages(*rotated, case.pool.table)
     return rotated, _write_errors(case, rotated)
 
 

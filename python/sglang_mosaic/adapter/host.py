@@ -24,6 +24,7 @@ from sglang_mosaic.errors import ConfigError
 from sglang_mosaic.layout import FrameBytes
 from sglang_mosaic.manager.keys import namespace
 from sglang_mosaic.manager.options import ManagerOptions
+from sglang_mosaic.manager.slotted_client import KEPT_BYTES
 from sglang_mosaic.manager.zmq_client import ZmqClient
 from sglang_mosaic.wire.buffers import Buffers, usual_memory
 
@@ -94,6 +95,8 @@ def connect(scheduler: Any, memory: PageMemory) -> None:
     tier = HostTier(
         client,
         most_bytes,
+        # The other half of the buffers for pages that come back is for those under way.
+        KEPT_BYTES // 2,
         options.slots,
         buffers,
         readable=lambda hash_: memory.epochs.number(hash_) is not None,

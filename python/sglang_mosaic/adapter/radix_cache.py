@@ -143,8 +143,10 @@ class MosaicRadixCache(RadixCache):
         if restoring is None:
             return True
         restores = self._memory.host.tier.restores
-        started = time.perf_counter()
         pages = restores.take(name)
+        if pages:
+            self._memory.seal_written()  # waits for the device, which is no part of the work that is measured
+        started = time.perf_counter()
         inserted = not pages or self._insert_restored(restoring, pages)
         if pages:
             restores.rate.placed((time.perf_counter() - started) / len(pages))

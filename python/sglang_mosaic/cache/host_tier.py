@@ -36,7 +36,8 @@ class HostTier:
     """
     Args:
         client: of the manager; closed here.
-        most_bytes: of pages that wait for the manager, in host memory; and as many of those that have come back.
+        most_bytes: of pages that wait for the manager, in host memory.
+        most_back: of pages that have come back and were not taken, from which on no more are asked for.
         slots: payloads that the client can have under way.
         buffers: as of `HostCopies`.
         readable: whether pages of an epoch can be read.
@@ -47,6 +48,7 @@ class HostTier:
         self,
         client: ManagerClient,
         most_bytes: int,
+        most_back: int,
         slots: int,
         buffers: Buffers,
         readable: Callable[[str], bool],
@@ -59,7 +61,7 @@ class HostTier:
         self._copies = HostCopies(buffers)
         self._outbox: OrderedDict[bytes, HostPage] = OrderedDict()
         self._outbox_bytes = 0
-        self.restores = Restores(client, max(slots // 2, 1), most_bytes, self._outbox.get, readable, adopt)
+        self.restores = Restores(client, max(slots // 2, 1), most_back, self._outbox.get, readable, adopt)
         self._calibration: Ticket | None = None
         self._calibrated: bytes | None = None
         self._failed = False

@@ -108,8 +108,13 @@ class PageMemory:
 
     def allocate(self, pages: list[int], sinks: list[int]) -> None:
         """Pages were handed out; ``sinks`` are those that start a sequence."""
-        self._seal_written()
+        self.seal_written()
         self.lifecycle.allocate(pages, sinks)
+
+    def seal_written(self) -> None:
+        """Note which pages have their last token. Waits for the forward before the last one at most."""
+        # Must run before every allocation: read any later, a slot could name the next life of a page freed meanwhile.
+        self.lifecycle.seal(self._written.take())
 
     def free(self, pages: list[int]) -> None:
         """Pages were taken back."""
@@ -127,7 +132,7 @@ class PageMemory:
 
     def restore(self, pages: Sequence[int], contents: Sequence[HostPage], sequence_start: bool) -> None:
         """As `HostTraffic.restore`. They are on their way at once, so that their host memory is free for the next."""
-        self._seal_written()
+        self.seal_written()
         self._connected.restore(pages, contents, sequence_start)
         self._apply_now()
 
@@ -146,7 +151,7 @@ class PageMemory:
         seal = self.config.encode == "seal"
         early = seal or self.config.max_error is not None
         if early:
-            self._seal_written()
+            self.seal_written()
         self._look_at(self.lifecycle.take_new())
         # Sealed pages may all be from the host, on their way into their frames.
         if self.epochs.current is None and not self._samples.empty:
@@ -212,7 +217,7 @@ class PageMemory:
         self.step_audits += 1
 
     def _check(self, free_pages: Iterable[int], tree_pages: Iterable[int]) -> None:
-        self._seal_written()
+        self.seal_written()
         if self.table.frames.is_cuda:
             # The table and the pages are what the last step makes of them.
             torch.cuda.synchronize(self.table.frames.device)
@@ -263,10 +268,6 @@ class PageMemory:
             "step_audits": self.step_audits,
             "host": None if self.host is None else self.host.tier.stats(),
         }
-
-    def _seal_written(self) -> None:
-        # Must run before every allocation: read any later, a slot could name the next life of a page freed meanwhile.
-        self.lifecycle.seal(self._written.take())
 
     def _apply_now(self) -> None:
         """Apply what was decided without waiting for the next forward, in the stream of the last one: behind it, and

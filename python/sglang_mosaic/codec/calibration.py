@@ -199,15 +199,21 @@ def _energies(pages: _Pages, layer: _Measured, head: int, exceptions: int = 0) -
 def _head(layer: _Measured, head: int, allocator: Allocator, segment_bytes: int, scale: float) -> HeadPlan:
     weights = float(layer.sensitivity.k_weight[head]), float(layer.sensitivity.v_weight[head])
     formats: dict[Format, None] = {}
+    _, _, page_size, k_dim = layer.rows.k.shape
+    sparse = TopKFormat.fitting(segment_bytes, k_dim, layer.rows.v.shape[-1], page_size)
+    sparse_wins = False
     for pages, most in ((layer.rows, FORMATS), (layer.sinks, SINK_FORMATS)):
         if not pages.k.shape[1]:
             continue
         candidates = _candidates(pages, layer, head, allocator, segment_bytes)
-        chosen = best_formats(costs(pages.k[head], pages.v[head], candidates, weights[0], layer.v_weights[head]), most)
+        tried: list[Format] = [*candidates, *([sparse] if sparse else [])]
+        cost = costs(pages.k[head], pages.v[head], tried, weights[0], layer.v_weights[head])
+        chosen = best_formats(cost[:, : len(candidates)], most)
         formats.update({candidates[i]: None for i in chosen})
-    _, _, page_size, k_dim = layer.rows.k.shape
-    sparse = TopKFormat.fitting(segment_bytes, k_dim, layer.rows.v.shape[-1], page_size)
-    if sparse is not None:
+        # Weighing it takes an encoder most of its choice: only where a page is known that would have it.
+        if sparse is not None:
+            sparse_wins |= bool((cost[:, -1] < cost[:, chosen].amin(1)).any())
+    if sparse is not None and sparse_wins:
         formats[sparse] = None
     # The scan is measured in the format that serves the sample best.
     ordinary = next(fmt for fmt in formats if isinstance(fmt, SegmentFormat))

@@ -30,7 +30,9 @@ class KernelEncoder:
         formats = [HeadFormats(span.start, head.formats) for span, head in spans]
         # Tables of one size, so that kernels are compiled once and not for every layer and epoch.
         self._table = make_table([formats], device, room=FORMATS)
-        self._weighed = self._table._replace(any_topk=True, any_exceptions=True)
+        # Choosing has two kernels for the same reason; the one that knows rare formats takes three times as long.
+        rare_formats = self._table.any_topk or self._table.any_exceptions
+        self._weighed = self._table._replace(any_topk=rare_formats, any_exceptions=rare_formats)
         self._ordinary = self._table._replace(any_topk=False, any_exceptions=False)
         """For kernels that meet no segment of a rare kind, and are faster then."""
         self._k_rotation, self._v_rotation = (

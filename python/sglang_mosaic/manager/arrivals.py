@@ -8,6 +8,10 @@ from collections import deque
 
 from sglang_mosaic.manager.service import Service
 from sglang_mosaic.wire import messages as wire
+from sglang_mosaic.wire.slots import OUT_THREADS
+
+TOGETHER = 2 * OUT_THREADS if OUT_THREADS > 1 else 1
+"""Puts taken in at a time."""
 
 
 class Arrivals:
@@ -20,12 +24,12 @@ class Arrivals:
     def __init__(self, service: Service) -> None:
         self._service = service
         self._puts: deque[wire.Put] = deque()
-        self._current: wire.Put | None = None
+        self._current: list[wire.Put] = []
         self._replies: deque[wire.Reply] = deque()
         self._lock = threading.Lock()
-        """Of the puts that wait and the current one."""
+        """Of the puts that wait and the current ones."""
         self._turn = threading.Lock()
-        """Of whoever answers one."""
+        """Of whoever answers some."""
         self._woken = threading.Event()
         self._stopped = False
         self._error: Exception | None = None
@@ -41,7 +45,7 @@ class Arrivals:
         self._thread.start()
 
     def stop(self) -> None:
-        """End after the put that is being taken in; idempotent."""
+        """End after the puts that are being taken in; idempotent."""
         self._stopped = True
         self._woken.set()
         if self._thread.is_alive():
@@ -62,7 +66,7 @@ class Arrivals:
         """Wait until a request that came later has the answer that it would have in its turn."""
         while self._concern(request):
             with self._turn:
-                # It may have been the one that the other thread had.
+                # It may have been one that the other thread had.
                 if self._concern(request):
                     self._take_in()
 
@@ -77,20 +81,20 @@ class Arrivals:
         if isinstance(request, wire.Ping):
             return False
         with self._lock:
-            puts = [*self._puts, *([self._current] if self._current else [])]
+            puts = [*self._puts, *self._current]
         return any(not isinstance(request, wire.Fetch) or put.key == request.key for put in puts)
 
     def _take_in(self) -> bool:
-        """The next one; False: there is none. Whoever calls has the turn."""
+        """The next ones; False: there is none. Whoever calls has the turn."""
         with self._lock:
-            self._current = put = self._puts.popleft() if self._puts else None
-        if put is None:
+            puts = self._current = [self._puts.popleft() for _ in range(min(len(self._puts), TOGETHER))]
+        if not puts:
             return False
         try:
-            self._replies.extend(self._service.answer(put))
+            self._replies.extend(self._service.store_all(puts))
         finally:
             with self._lock:
-                self._current = None
+                self._current = []
         return True
 
     def _run(self) -> None:

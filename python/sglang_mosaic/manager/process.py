@@ -17,13 +17,13 @@ from sglang_mosaic.manager.options import ManagerOptions
 from sglang_mosaic.manager.reserve import Reserve
 from sglang_mosaic.manager.service import Service
 from sglang_mosaic.wire import messages as wire
-from sglang_mosaic.wire.slots import COPYING_THREADS, SlotMemory
+from sglang_mosaic.wire.slots import BACK_THREADS, SlotMemory
 
 QUIET_MS, BUSY_MS = 200, 10
 """How long the loop sleeps without a message, and while something in the background may end."""
 MOST_WAITING = 256
 """Replies that the owner has no room for, beyond which it is not listened to any more."""
-FETCHES_TOGETHER = 2 * COPYING_THREADS if COPYING_THREADS > 1 else 1
+FETCHES_TOGETHER = 2 * BACK_THREADS if BACK_THREADS > 1 else 1
 """Answered at a time."""
 SWITCH_S = 0.0005
 """How long the background thread may keep the interpreter while the other one has something to answer."""
@@ -123,7 +123,7 @@ class _Loop:
         for fetch in fetches:
             self._arrivals.settle(fetch)
         if fetches:
-            self._say([*self._arrivals.replies(), *self._service.fetch(fetches)])
+            self._say([*self._arrivals.replies(), *self._service.fetch_all(fetches)])
 
     def _say(self, replies: list[wire.Reply]) -> None:
         self._replies.extend(wire.encode(reply) for reply in replies)

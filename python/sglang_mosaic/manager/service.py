@@ -31,7 +31,7 @@ from sglang_mosaic.manager.store.record import EPOCH_BYTES, Form, Record
 from sglang_mosaic.manager.store.tiers import Change, Store
 from sglang_mosaic.wire import messages as wire
 from sglang_mosaic.wire.messages import RecordKind, WireError
-from sglang_mosaic.wire.slots import COPYING_THREADS, SlotMemory, checksum
+from sglang_mosaic.wire.slots import BACK_THREADS, OUT_THREADS, SlotMemory, checksum
 
 MOST_RECORD_BYTES = 1 << 30
 """Largest record that is put in parts."""
@@ -71,7 +71,10 @@ class Service:
         cold = ColdPages(options.cold_max_error, rope, self._epoch, self._transform)
         self._recompressor = Recompressor(options.host_max_error, self._epoch, cold)
         self._calibrator = Calibrator(options.calibration_threads)
-        self._copying = ThreadPoolExecutor(COPYING_THREADS, "copying") if COPYING_THREADS > 1 else None
+        self._out, self._back = (
+            ThreadPoolExecutor(threads) if threads > 1 else None for threads in (OUT_THREADS, BACK_THREADS)
+        )
+        """Threads that copy from slots and to slots; None: who asks copies."""
         self._uploads: dict[bytes, bytearray] = {}
         self._statistics: dict[bytes, bytes | memoryview] = {}
         self._last_ticket = 0
@@ -107,9 +110,9 @@ class Service:
     def answer(self, request: wire.Request) -> list[wire.Reply]:
         """What to reply to a request that was received."""
         if isinstance(request, wire.Put):
-            return [self._put(request)]
+            return self.store_all([request])
         if isinstance(request, wire.Fetch):
-            return self.fetch([request])
+            return self.fetch_all([request])
         if isinstance(request, wire.Calibrate):
             return self._calibrate(request)
         if isinstance(request, wire.Cancel):
@@ -120,11 +123,17 @@ class Service:
         self.leaving = True
         return []
 
-    def fetch(self, requests: list[wire.Fetch]) -> list[wire.Reply]:
-        """What to reply to fetches, in their order. Several threads copy, if there are so many cores."""
+    def store_all(self, requests: list[wire.Put]) -> list[wire.Reply]:
+        """What to reply to puts, in their order. Several threads copy, if there are so many cores."""
+        pool = self._out if len(requests) > 1 else None
+        payloads = map(self._read, requests) if pool is None else pool.map(self._read, requests)
+        return [self._put(request, data) for request, data in zip(requests, payloads, strict=True)]
+
+    def fetch_all(self, requests: list[wire.Fetch]) -> list[wire.Reply]:
+        """The same of fetches."""
         start = time.monotonic()
         found = [self._find(request, start) for request in requests]
-        pool = self._copying if len(requests) > 1 else None
+        pool = self._back if len(requests) > 1 else None
         written = map(self._write, found) if pool is None else pool.map(self._write, found)
         replies: list[wire.Reply] = []
         for request, one, done in zip(requests, found, written, strict=True):
@@ -191,8 +200,8 @@ class Service:
     def close(self) -> None:
         """End what still runs."""
         self._calibrator.close()
-        if self._copying is not None:
-            self._copying.shutdown()
+        for pool in filter(None, (self._out, self._back)):
+            pool.shutdown()
 
     def _work_on_cold(self) -> bool:
         """Transform-code one page that is about to leave memory; False: there is none, or room enough."""
@@ -213,10 +222,19 @@ class Service:
             self.metrics.transformed_to += len(smaller.body)
         return True
 
-    def _put(self, request: wire.Put) -> wire.Stored:
+    def _read(self, request: wire.Put) -> memoryview | None:
+        """The bytes of a put; None: they are not what was meant."""
+        try:
+            return self._slots.read(request.payload, request.key)
+        except WireError:
+            return None
+
+    def _put(self, request: wire.Put, data: memoryview | None) -> wire.Stored:
         accepted = False
         try:
-            accepted = self._receive(request, self._slots.read(request.payload, request.key))
+            if data is None:
+                raise WireError("no payload")
+            accepted = self._receive(request, data)
         except WireError:
             self.metrics.refused_payloads += 1
             self._uploads.pop(request.key, None)

@@ -18,11 +18,11 @@ from sglang_mosaic.manager.under_way import Calibration, FetchUnderWay, PutUnder
 from sglang_mosaic.wire import messages as wire
 from sglang_mosaic.wire.buffers import Allocate, Buffers, usual_memory
 from sglang_mosaic.wire.messages import Meta, Payload, RecordKind, Slot, WireError
-from sglang_mosaic.wire.slots import COPYING_THREADS, SlotAllocator, SlotMemory
+from sglang_mosaic.wire.slots import BACK_THREADS, OUT_THREADS, SlotAllocator, SlotMemory
 
 EPOCHS = 4
 """Epochs that are given to a new manager again."""
-KEPT_BYTES = 1 << 29
+KEPT_BYTES = 1 << 30
 """Of buffers for pages that have come back, between two restores."""
 MESSAGES_PER_POLL = 1024
 """Most messages that one poll looks at: bounds its time. More than there are slots: no answer that is there may count
@@ -48,8 +48,8 @@ class SlottedClient(ManagerClient):
         self._metrics: dict[str, Any] = {}
         self._answered = 0.0
         """When the manager gave its last answer to a fetch."""
-        self._reading = ThreadPoolExecutor(COPYING_THREADS, "mosaic-read")
-        self._writing = ThreadPoolExecutor(1, "mosaic-write")
+        self._reading = ThreadPoolExecutor(BACK_THREADS, "mosaic-read")
+        self._writing = ThreadPoolExecutor(OUT_THREADS, "mosaic-write")
         self._writes: deque[PutUnderWay] = deque()
         """That the manager has not been told of, as their bytes are not all in their slots."""
         self._reads: list[Reading] = []
