@@ -6,10 +6,14 @@ import os
 import threading
 from collections import deque
 
+import msgspec
 import pytest
 import zmq
 
 from manager_cases import frames, waves
+from sglang_mosaic.manager import arrivals as arrivals_module
+from sglang_mosaic.manager import process as process_module
+from sglang_mosaic.manager import service as service_module
 from sglang_mosaic.manager.arrivals import Arrivals
 from sglang_mosaic.manager.options import ManagerOptions
 from sglang_mosaic.manager.process import _Loop
@@ -45,7 +49,16 @@ class Idle:
     def wake(self) -> None: ...
 
 
-def test_a_page_that_somebody_waits_for_comes_before_those_that_go() -> None:
+def use_threads(monkeypatch: pytest.MonkeyPatch, threads: int, together: int) -> None:
+    """As on a machine with so many cores that so many threads copy, and so many requests are answered at a time."""
+    for name in ("BACK_THREADS", "OUT_THREADS"):
+        monkeypatch.setattr(service_module, name, threads)
+    monkeypatch.setattr(process_module, "FETCHES_TOGETHER", together)
+    monkeypatch.setattr(arrivals_module, "TOGETHER", together)
+
+
+def test_a_page_that_somebody_waits_for_comes_before_those_that_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    use_threads(monkeypatch, 1, 1)
     case, slots = frames(), 6
     options = ManagerOptions(slot_bytes=len(case.frames[0]), slots=slots)
     memory = SlotMemory.create(slots, options.slot_bytes)
@@ -70,6 +83,52 @@ def test_a_page_that_somebody_waits_for_comes_before_those_that_go() -> None:
     (found,) = (reply for reply in router.replies if isinstance(reply, wire.Fetched) and reply.ticket == 6)
     assert memory.read(found.payload, found.key) == case.frames[1]
     memory.close()
+
+
+def test_several_threads_answer_as_one_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each request by itself, in order: pages, a damaged payload, misses, a slot that is not there, a page in parts."""
+    case, pages = frames(), 6
+    nbytes = len(case.frames[0])
+
+    def answers(threads: int, together: int) -> list[wire.Reply]:
+        use_threads(monkeypatch, threads, together)
+        options = ManagerOptions(slot_bytes=nbytes, slots=3 * pages)
+        memory = SlotMemory.create(options.slots, options.slot_bytes)
+        requests: list[wire.Request] = []
+        for i in range(pages):
+            payload = memory.write(Slot(i, 1), case.keys[i], case.frames[i])
+            if i == 2:
+                payload = msgspec.structs.replace(payload, checksum=payload.checksum ^ 1)
+            requests.append(wire.Put(ticket=1 + i, key=case.keys[i], meta=case.meta, payload=payload, total=nbytes))
+        asked = [0, 1, 2, 3, 7, 4, 5, 0]
+        for n, page in enumerate(asked):
+            slot = Slot(9 + n if n != 3 else 999, 1)
+            offset = 64 if n == 7 else 0
+            fetch = wire.Fetch(
+                ticket=20 + n, kind=RecordKind.PAGE, key=case.keys[page], slot=slot, deadline=1e12, offset=offset
+            )
+            requests.append(fetch)
+        router = Router([*requests, wire.Ping(ticket=40), wire.Goodbye(ticket=41)])
+        service = Service(memory, options)
+        _Loop(os.getppid(), router, service, Arrivals(service), Idle()).run()
+        service.close()
+        fetched = [reply for reply in router.replies if isinstance(reply, wire.Fetched)]
+        for reply, page in zip(fetched, asked, strict=True):
+            if reply.payload is not None:
+                offset = 64 if reply.ticket == 27 else 0
+                assert memory.read(reply.payload, reply.key) == case.frames[page][offset:]
+        memory.close()
+        metrics = service.metrics
+        assert (metrics.fetches, metrics.hits_memory, metrics.misses) == (8, 5, 2)
+        assert (metrics.refused_payloads, metrics.refused_messages) == (1, 1)
+        stored = sorted((r for r in router.replies if isinstance(r, wire.Stored)), key=lambda reply: reply.ticket)
+        return [*stored, *(msgspec.structs.replace(reply, answered=0.0) for reply in fetched)]
+
+    wanted = answers(1, 1)
+    assert [reply.ticket for reply in wanted] == [*range(1, 7), *range(20, 28)]
+    assert [reply.accepted for reply in wanted[:6]] == [True, True, False, True, True, True]
+    assert [reply.payload is not None for reply in wanted[6:]] == [True, True, False, False, False, True, True, True]
+    assert answers(3, 4) == wanted
 
 
 class SlowService:
