@@ -28,7 +28,8 @@ FORMATS = 5
 SINK_FORMATS = 2
 """Most further formats for the first pages of sequences."""
 CANDIDATES = 8
-"""Pages whose own best formats are tried for all: formats of more hardly differ (docs/codec.md)."""
+"""Pages whose own best formats are tried for all, and which tell whether top-k is: formats of more hardly differ
+(docs/codec.md)."""
 QUICK_PAGES = 16
 """Pages that a quick calibration looks at."""
 SMALLEST, LARGEST = 0.9, 1.15
@@ -205,14 +206,16 @@ def _head(layer: _Measured, head: int, allocator: Allocator, segment_bytes: int,
     for pages, most in ((layer.rows, FORMATS), (layer.sinks, SINK_FORMATS)):
         if not pages.k.shape[1]:
             continue
+        k, v, weighed = pages.k[head], pages.v[head], (weights[0], layer.v_weights[head])
         candidates = _candidates(pages, layer, head, allocator, segment_bytes)
-        tried: list[Format] = [*candidates, *([sparse] if sparse else [])]
-        cost = costs(pages.k[head], pages.v[head], tried, weights[0], layer.v_weights[head])
-        chosen = best_formats(cost[:, : len(candidates)], most)
+        ordinary_costs = costs(k, v, candidates, *weighed)
+        chosen = best_formats(ordinary_costs, most)
         formats.update({candidates[i]: None for i in chosen})
         # Weighing it takes an encoder most of its choice: only where a page is known that would have it.
         if sparse is not None:
-            sparse_wins |= bool((cost[:, -1] < cost[:, chosen].amin(1)).any())
+            some = _some(len(k))
+            sparse_costs = costs(k[some], v[some], [sparse], *weighed)[:, 0]
+            sparse_wins |= bool((sparse_costs < ordinary_costs[some][:, chosen].amin(1)).any())
     if sparse is not None and sparse_wins:
         formats[sparse] = None
     # The scan is measured in the format that serves the sample best.
@@ -241,6 +244,11 @@ def _selection(layer: _Measured, head: int, fmt: SegmentFormat, scale: float) ->
     return profile(queries, k.flatten(0, 1), scanned.flatten(0, 1), values, scale, k.shape[1])
 
 
+def _some(pages: int) -> slice:
+    """At most CANDIDATES of some pages, evenly."""
+    return slice(None, None, -(-pages // CANDIDATES))
+
+
 def _candidates(
     pages: _Pages, layer: _Measured, head: int, allocator: Allocator, segment_bytes: int
 ) -> list[SegmentFormat]:
@@ -248,7 +256,7 @@ def _candidates(
     allocations: dict[tuple[tuple[int, ...], int], None] = {}
     for exceptions in EXCEPTIONS:
         rows = _energies(pages, layer, head, exceptions)
-        some = rows[:: -(-len(rows) // CANDIDATES)]
+        some = rows[_some(len(rows))]
         for row in torch.cat((rows.mean(0, keepdim=True), some)).tolist():
             allocations[allocator.path(row, segment_bytes, exceptions)[-1].widths, exceptions] = None
     formats = (allocator.format(*allocation) for allocation in allocations)
