@@ -30,7 +30,7 @@ class KernelEncoder:
         formats = [HeadFormats(span.start, head.formats) for span, head in spans]
         # Tables of one size, so that kernels are compiled once and not for every layer and epoch.
         self._table = make_table([formats], device, room=FORMATS)
-        # Choosing has two kernels for the same reason; the one that knows rare formats takes three times as long.
+        # Choosing has two kernels for the same reason; the one that knows rare formats has five times the instructions.
         rare_formats = self._table.any_topk or self._table.any_exceptions
         self._weighed = self._table._replace(any_topk=rare_formats, any_exceptions=rare_formats)
         self._ordinary = self._table._replace(any_topk=False, any_exceptions=False)
