@@ -129,7 +129,7 @@ def test_a_scheduler_audits_every_so_many_turns(memory: PageMemory, monkeypatch:
         server_args=SimpleNamespace(attention_backend="mosaic"),
         token_to_kv_pool_allocator=SimpleNamespace(
             get_kvcache=lambda: SimpleNamespace(memory=memory),
-            host_free_pages=lambda: [*range(PAGES + 1, memory.plan.logical_pages + 1)],
+            audited_free_pages=lambda: [*range(PAGES + 1, memory.plan.logical_pages + 1)],
         ),
         tree_cache=SimpleNamespace(pages=lambda: [1, 2, 3]),
         max_req_input_len=512,

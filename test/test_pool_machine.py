@@ -38,6 +38,7 @@ from sglang_mosaic.cache.host_tier import HostTier  # noqa: E402
 from sglang_mosaic.cache.memory import PageMemory  # noqa: E402
 from sglang_mosaic.codec.planes import PlanesCodec  # noqa: E402
 from sglang_mosaic.config import MosaicConfig  # noqa: E402
+from sglang_mosaic.errors import InvariantError  # noqa: E402
 from sglang_mosaic.layout import FrameBytes, MemoryPlan, minimum_dense_frames, reserve_dense_frames  # noqa: E402
 from sglang_mosaic.manager.in_process import InProcessClient  # noqa: E402
 from sglang_mosaic.manager.options import ManagerOptions  # noqa: E402
@@ -359,7 +360,7 @@ class Pool(RuleBasedStateMachine):
         assert len(self.memory.epochs.live) <= self.memory.config.live_epochs
         total = self.allocator.available_size() + self.tree.evictable_size() + self.tree.protected_size() + in_requests
         assert total == self.memory.plan.logical_tokens
-        assert self.allocator.host_free_pages() == self.allocator.free_pages.tolist()
+        assert self.allocator.host_free_pages() == self.allocator.audited_free_pages()
         nodes = list(self.tree.root_node.children.values())
         for node in nodes:
             assert NodePages.of(node.value) == (node.value[::PAGE_SIZE] // PAGE_SIZE).tolist()
@@ -382,6 +383,15 @@ TestPool = Pool.TestCase
 TestPool.settings = settings(
     max_examples=60, stateful_step_count=30, deadline=None, suppress_health_check=list(HealthCheck)
 )
+
+
+def test_an_audit_finds_a_mirror_that_is_not_the_free_list() -> None:
+    pool = Pool()
+    pool.build(mosaic=12, roomy=True, windows=False, policy="pressure", refresh=0, limit=None, host=False)
+    pool.allocator._mirror.reverse()
+    with pytest.raises(InvariantError, match="pages on the device"):
+        pool.allocator.audited_free_pages()
+    pool.allocator._mirror.reverse()
 
 
 def test_allocator_mirror_names_sequence_starts() -> None:

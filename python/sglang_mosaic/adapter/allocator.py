@@ -15,6 +15,7 @@ import torch
 
 from sglang_mosaic.adapter.node_pages import NodePages
 from sglang_mosaic.cache.host_page import HostPage
+from sglang_mosaic.errors import InvariantError
 from sglang_mosaic.page import PAGE_SIZE, pages_for
 
 
@@ -84,6 +85,20 @@ def with_page_events(base: type) -> type:
         def host_free_pages(self) -> list[int]:
             """The free list, front first, without reading the device."""
             return self._mirror[::-1]
+
+        def audited_free_pages(self) -> list[int]:
+            """The free list, front first, read from the device.
+
+            Raises:
+                InvariantError: the host has another one.
+            """
+            pages, mirrored = self.free_pages.tolist(), self.host_free_pages()
+            if pages != mirrored:
+                raise InvariantError(
+                    f"the free list has {len(pages)} pages on the device, first {pages[:8]}, and {len(mirrored)} on "
+                    f"the host, first {mirrored[:8]}"
+                )
+            return pages
 
     return MosaicAllocator
 

@@ -108,7 +108,7 @@ def _holdings(holder: Any) -> tuple[list[int], Collection[int]]:
         holder: the scheduler or its invariant checker.
     """
     tree = holder.tree_cache
-    return holder.token_to_kv_pool_allocator.host_free_pages(), tree.pages() if hasattr(tree, "pages") else ()
+    return holder.token_to_kv_pool_allocator.audited_free_pages(), tree.pages() if hasattr(tree, "pages") else ()
 
 
 def after_prefill_report(_result: None, self: Any, batch: Any, prefill_stats: Any, *args: Any, **kwargs: Any) -> None:
