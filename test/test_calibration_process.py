@@ -45,6 +45,11 @@ def wait(memory: PageMemory, pages) -> None:
         time.sleep(0.05)
 
 
+def is_quick(epoch):
+    """Whether nothing was measured for selecting."""
+    return all(head.selection.far_bias is None for layer in epoch.layers for head in layer.heads)
+
+
 @pytest.mark.parametrize("encode", ["seal", "pressure"])
 def test_the_first_epoch_is_made_before_a_page_needs_it(beside, encode):
     memory = make_memory(beside, encode=encode, refresh_pages=64)
@@ -55,7 +60,7 @@ def test_the_first_epoch_is_made_before_a_page_needs_it(beside, encode):
     fill(memory, 21)
     assert not memory.lifecycle.mosaic.used
     wait(memory, None)
-    assert memory.epochs.started == 1 and any(len(h.formats) > 1 for x in memory.epochs.current.layers for h in x.heads)
+    assert memory.epochs.started == 1 and not is_quick(memory.epochs.current)
     fill(memory, 22)
     assert bool(memory.lifecycle.mosaic.used) == (encode == "seal") and not beside.calibrating
 
@@ -67,7 +72,7 @@ def test_a_quick_epoch_is_followed_by_one_of_the_process(beside):
     append(memory, [*range(18, 45)])
     quick = memory.epochs.current
     assert quick is not None and memory.epochs.started == 0
-    assert all(len(head.formats) == 1 for layer in quick.layers for head in layer.heads)
+    assert is_quick(quick)
     before = stored(memory, 0, 1)
     fill(memory, *range(45, 50))
     assert beside.calibrating and memory.epochs.current is quick
@@ -86,7 +91,7 @@ def test_where_none_follows_the_first_epoch_is_no_quick_one(beside):
     memory = make_memory(beside, refresh_pages=0)
     fill(memory, 1, 2, 3)
     assert memory.epochs.started == 1
-    assert any(len(head.formats) > 1 for layer in memory.epochs.current.layers for head in layer.heads)
+    assert not is_quick(memory.epochs.current)
 
 
 def test_a_process_that_fails_is_not_asked_again_and_the_server_calibrates_itself(beside):

@@ -10,16 +10,14 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from mosaic_kernels.topk.segment import TopKFormat
 from sglang_mosaic.adapter.calibration import check_fits, load_calibration, save_calibration
 from sglang_mosaic.adapter.geometry import Geometry
 from sglang_mosaic.codec import LayerSample, PlanesCodec
 from sglang_mosaic.codec import storage as storage_module
-from sglang_mosaic.codec.plan import LayerPlan
-from sglang_mosaic.codec.planes import PlanesEpoch
 from sglang_mosaic.codec.storage import VERSION, load_epoch, save_epoch
 from sglang_mosaic.config import MosaicConfig
 from sglang_mosaic.errors import ConfigError
+from topk_cases import with_topk
 
 LAYERS, HEADS, K_DIM, V_DIM = 2, 2, 48, 32
 GEOMETRY = Geometry(LAYERS, HEADS, K_DIM, V_DIM, torch.bfloat16, "cpu", 1024, 0, LAYERS)
@@ -39,16 +37,7 @@ def make_epoch(ratio=4.0, layers=LAYERS):
     made = codec.calibrate(
         [LayerSample(k, v, 1) for k, v in zip(pages(K_DIM, 0, layers), pages(V_DIM, 1, layers), strict=True)]
     )
-    return PlanesEpoch([with_topk(plan) for plan in made.layers], made.page_size)
-
-
-def with_topk(plan: LayerPlan) -> LayerPlan:
-    """A format of the other kind more in every head."""
-    heads = []
-    for head in plan.heads:
-        sparse = TopKFormat.fitting(head.segment_bytes, K_DIM, V_DIM, 64)
-        heads.append(head._replace(formats=(*head.formats, sparse)))
-    return plan._replace(heads=tuple(heads))
+    return with_topk(made)
 
 
 @pytest.fixture(scope="module")

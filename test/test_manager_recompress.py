@@ -10,9 +10,11 @@ from hypothesis import strategies as st
 
 from manager_cases import frames, page_error
 from mosaic_kernels.segment import WIDTHS
+from sglang_mosaic.codec.storage import epoch_to_bytes
 from sglang_mosaic.manager.recompress import coarsen as coarsening
 from sglang_mosaic.manager.recompress.groups import FrameError, FrameLayout, Kind, epoch_hash
 from sglang_mosaic.manager.recompress.planes import PlanesPacking
+from topk_cases import with_topk
 
 LIMITS = (0.2, 0.3, 0.5)
 
@@ -112,18 +114,18 @@ def test_rungs_cost_more_and_more(bits: int) -> None:
 
 def test_topk_segments_are_kept_as_they_are() -> None:
     # One channel a token, another one every time: per-vector selection wins there.
-    case = frames(6.0)
+    epoch = with_topk(frames(6.0).epoch)
     torch.manual_seed(1)
     stored = torch.zeros(2, 64, 32).scatter_(-1, torch.randint(0, 32, (2, 64, 1)), 1000.0)
     parts = []
-    for layer, plan in enumerate(case.epoch.layers):
+    for layer, plan in enumerate(epoch.layers):
         k, v = (
             (stored @ torch.linalg.inv(basis)).transpose(0, 1)[None]
             for basis in (plan.basis.k_basis, plan.basis.v_basis)
         )
-        parts.append(case.epoch.encode(layer, k, v)[0])
+        parts.append(epoch.encode(layer, k, v)[0])
     frame = torch.cat(parts, 1)[0].numpy()
-    layout = FrameLayout(case.epoch_bytes)
+    layout = FrameLayout(epoch_to_bytes(epoch))
     numbers = layout.numbers(frame)
     kinds = {type(s.formats[n]).__name__ for s, n in zip(layout.segments, numbers.tolist(), strict=True)}
     assert "TopKFormat" in kinds

@@ -32,6 +32,7 @@ from sglang_mosaic.adapter.allocator import with_page_events  # noqa: E402
 from sglang_mosaic.adapter.cpu_platform_class import cpu_allocator_class  # noqa: E402
 from sglang_mosaic.adapter.node_pages import NodePages  # noqa: E402
 from sglang_mosaic.adapter.radix_cache import MosaicRadixCache  # noqa: E402
+from sglang_mosaic.adapter.request_pages import RequestPages, note_decode, note_extend  # noqa: E402
 from sglang_mosaic.cache.dense_bytes import dense_bytes  # noqa: E402
 from sglang_mosaic.cache.host_page import HostPage  # noqa: E402
 from sglang_mosaic.cache.host_tier import HostTier  # noqa: E402
@@ -287,6 +288,7 @@ class Pool(RuleBasedStateMachine):
             rows = self.slots.req_to_token[[r.req_pool_idx for r in batch]]
             last = rows[torch.arange(len(batch)), lengths - 1].to(torch.int64)
             slots = self.allocator.alloc_decode(lengths + 1, lengths + 1, last)
+            note_decode(batch, self.allocator.take_handed_out())
             for request, slot in zip(batch, slots, strict=True):
                 request.tokens.append(token)
                 self.slots.write((request.req_pool_idx, request.length), slot.to(torch.int32))
@@ -302,6 +304,12 @@ class Pool(RuleBasedStateMachine):
         request.origin_input_ids, request.output_ids = array("q", request.tokens), array("q")
         self.tree.cache_finished_req(request, is_insert=insert, kv_len_to_handle=request.length)
         self.slots.free(request)
+
+    @precondition(lambda self: self.requests)
+    @rule(index=st.integers(0, RUNNING - 1))
+    def lose_count(self, index: int) -> None:
+        """As when SGLang allocates in a way that is not told: pages are read from the device then."""
+        RequestPages.forget(self.requests[index % len(self.requests)])
 
     @precondition(lambda self: self.used)
     @rule(tokens=st.sampled_from([1, 64, 300, 10_000]))
@@ -323,6 +331,7 @@ class Pool(RuleBasedStateMachine):
         rows = self.slots.req_to_token[[r.req_pool_idx for r in batch]]
         last = torch.where(prefix > 0, rows[torch.arange(len(batch)), (prefix - 1).clamp_min(0)].to(torch.int64), -1)
         slots = self.allocator.alloc_extend(prefix, prefix, total, total, last, sum(ends) - sum(starts))
+        note_extend(batch, self.allocator.take_handed_out())
         values, first = [], 0
         for request, start, end in zip(batch, starts, ends, strict=True):
             self.slots.write(
@@ -361,6 +370,12 @@ class Pool(RuleBasedStateMachine):
         total = self.allocator.available_size() + self.tree.evictable_size() + self.tree.protected_size() + in_requests
         assert total == self.memory.plan.logical_tokens
         assert self.allocator.host_free_pages() == self.allocator.audited_free_pages()
+        for request in self.requests:
+            known = RequestPages.of(request)
+            if known is not None:
+                row = self.slots.req_to_token[request.req_pool_idx, : request.length : PAGE_SIZE] // PAGE_SIZE
+                for count in (0, 1, 2, len(row)):
+                    assert known.last(count, request.last_node) == row.tolist()[len(row) - count :]
         nodes = list(self.tree.root_node.children.values())
         for node in nodes:
             assert NodePages.of(node.value) == (node.value[::PAGE_SIZE] // PAGE_SIZE).tolist()
@@ -383,6 +398,31 @@ TestPool = Pool.TestCase
 TestPool.settings = settings(
     max_examples=60, stateful_step_count=30, deadline=None, suppress_health_check=list(HealthCheck)
 )
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_pages_that_are_known_are_not_read_from_the_device(known: bool) -> None:
+    """Of requests that end, with a tail and with duplicates of what the tree has, and of nodes that are evicted."""
+    pool = Pool()
+    pool.build(mosaic=12, roomy=True, windows=False, policy="pressure", refresh=0, limit=None, host=False)
+    for _ in range(2):
+        pool.arrive(prefix=0, shared=200, own=129, seed=0)
+    for request in list(pool.requests):
+        while request.length < len(request.tokens):
+            pool.prefill(chunks=1, meanwhile="nothing")
+            pool.accounts_balance()
+    pool.decode(token=7000, steps=70, meanwhile="nothing")
+    assert all(RequestPages.of(request) is not None for request in pool.requests)
+    if not known:
+        pool.lose_count(0)
+    before = pool.allocator.device_reads
+    for _ in range(2):
+        pool.leave(index=0, insert=True)
+        pool.accounts_balance()
+    pool.evict(tokens=10_000)
+    pool.accounts_balance()
+    assert (pool.allocator.device_reads == before) == known
+    pool.teardown()
 
 
 def test_an_audit_finds_a_mirror_that_is_not_the_free_list() -> None:

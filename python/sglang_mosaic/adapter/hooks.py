@@ -29,6 +29,7 @@ _SERVER_ARGS = "sglang.srt.server_args.ServerArgs"
 _CONFIGURATOR = "sglang.srt.mem_cache.kv_cache_configurator.KVCacheConfigurator"
 _POOL_SIZES = "sglang.srt.model_executor.pool_configurator.DefaultPoolConfigurator"
 _SCHEDULER = "sglang.srt.managers.scheduler.Scheduler"
+_BATCH = "sglang.srt.managers.schedule_batch.ScheduleBatch"
 _REPORTER = "sglang.srt.managers.scheduler_components.metrics_reporter.SchedulerMetricsReporter"
 _CHECKER = "sglang.srt.managers.scheduler_components.invariant_checker.SchedulerInvariantChecker"
 
@@ -47,6 +48,8 @@ _EVERYWHERE = (
     Hook(f"{_SCHEDULER}.get_next_batch_to_run", observe.before_next_batch, HookType.BEFORE),
     Hook(f"{_SCHEDULER}._prefetch_kvcache", host.around_prefetch, HookType.AROUND),
     Hook(f"{_SCHEDULER}.maybe_sleep_on_idle", host.around_idle_sleep, HookType.AROUND),
+    Hook(f"{_BATCH}.prepare_for_extend", observe.after_extend, HookType.AFTER),
+    Hook(f"{_BATCH}.prepare_for_decode", observe.after_decode, HookType.AFTER),
     Hook(f"{_SCHEDULER}.get_internal_state", observe.around_get_internal_state, HookType.AROUND),
     Hook(f"{_REPORTER}.report_prefill_stats", observe.after_prefill_report, HookType.AFTER),
     Hook(f"{_CHECKER}._check_tree_cache", observe.after_idle_check, HookType.AFTER),

@@ -12,6 +12,7 @@ from typing import Any
 from sglang_mosaic.adapter import compat, host
 from sglang_mosaic.adapter.arguments import selects_mosaic
 from sglang_mosaic.adapter.prefix_hits import PrefixHits
+from sglang_mosaic.adapter.request_pages import RequestPages, note_decode, note_extend
 from sglang_mosaic.adapter.sight.question import layer_of
 from sglang_mosaic.cache.memory import PageMemory
 from sglang_mosaic.cache.picture import layer_picture
@@ -51,6 +52,18 @@ def before_next_batch(self: Any, *args: Any, **kwargs: Any) -> None:
         memory_of(self.token_to_kv_pool_allocator).audit_step(*_holdings(self))
 
 
+def after_extend(_result: None, batch: Any) -> None:
+    """SGLang has allocated pages for the next tokens of prompts."""
+    if hasattr(batch.token_to_kv_pool_allocator, "take_handed_out"):
+        note_extend(batch.reqs, batch.token_to_kv_pool_allocator.take_handed_out())
+
+
+def after_decode(_result: None, batch: Any) -> None:
+    """SGLang has allocated pages for the next token of running requests."""
+    if hasattr(batch.token_to_kv_pool_allocator, "take_handed_out"):
+        note_decode(batch.reqs, batch.token_to_kv_pool_allocator.take_handed_out())
+
+
 def memory_of(allocator: Any) -> PageMemory:
     """The page memory behind one of our allocators."""
     return allocator.get_kvcache().memory
@@ -59,8 +72,8 @@ def memory_of(allocator: Any) -> PageMemory:
 class RecentPages:
     """Pages in the last ``window_pages`` pages of every request that is running or being prefilled.
 
-    Reads page numbers back from the device, which costs a synchronisation of the scheduler's stream; the pool asks
-    only when it has to encode.
+    Where nobody noted a request's pages they are read from the device, which waits for what it does; the pool asks only
+    when it has to encode.
     """
 
     def __init__(self, scheduler: Any, window_pages: int) -> None:
@@ -71,6 +84,10 @@ class RecentPages:
         table = self.scheduler.req_to_token_pool.req_to_token
         pages: set[int] = set()
         for request in self._requests():
+            known = RequestPages.of(request)
+            if known is not None:
+                pages.update(known.last(self.window_pages, request.last_node))
+                continue
             row = compat.pool_index(request)
             if row is None:
                 continue

@@ -14,6 +14,7 @@ from sglang.srt.mem_cache.radix_cache import RadixCache, RadixKey, TreeNode
 
 from sglang_mosaic.adapter import compat
 from sglang_mosaic.adapter.node_pages import NodePages
+from sglang_mosaic.adapter.request_pages import RequestPages
 from sglang_mosaic.adapter.restoring import Restoring, RestoringPays
 from sglang_mosaic.cache.host_page import HostPage
 from sglang_mosaic.manager.keys import namespace, page_keys
@@ -69,6 +70,21 @@ class MosaicRadixCache(RadixCache):
             pages = NodePages.of(node.value) or NodePages(node.value)()
             self._memory.host.evicted(pages, self._keys(node), self._position(node))
         super()._delete_leaf(node)
+
+    def cache_finished_req(self, req: Any, *args: Any, **kwargs: Any) -> None:
+        allocator = self.token_to_kv_pool_allocator
+        allocator.owner = RequestPages.of(req)
+        super().cache_finished_req(req, *args, **kwargs)
+        allocator.owner = None
+        RequestPages.forget(req)
+
+    def cache_unfinished_req(self, req: Any, *args: Any, **kwargs: Any) -> None:
+        allocator = self.token_to_kv_pool_allocator
+        allocator.owner = known = RequestPages.of(req)
+        super().cache_unfinished_req(req, *args, **kwargs)
+        allocator.owner = None
+        if known is not None:
+            known.advance(req.cache_protected_len // PAGE_SIZE)
 
     def _record_store_event(self, node: TreeNode) -> None:
         # Called for every new node with slots, but for those of a split.
