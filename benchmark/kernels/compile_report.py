@@ -126,8 +126,9 @@ KERNELS = {
         types=(("q", "*bf16"),),
     ),
     "rotate": Kernel(rotate_kernel, rotate_pages, (("DIGITS", 3), ("PAGES", 1), ("channel_stride", 1)), exact=True),
+    "choose": Kernel(choose_kernel, segment_choice, (("EXACT", False),), exact=True),
     # Costs are computed of rare formats, too, as long as a head has any.
-    "choose": Kernel(choose_kernel, segment_choice, (*_RARE, ("EXACT", False)), exact=True),
+    "choose: rare": Kernel(choose_kernel, segment_choice, (*_RARE, ("EXACT", False)), exact=True),
     "choose: exact": Kernel(choose_kernel, segment_choice, (*_RARE, ("EXACT", True)), "EXACT_WARPS", exact=True),
     "encode": Kernel(encode_kernel, segment_encode, (("TILE", segment_encode.TILE),), exact=True),
     "error": Kernel(error_kernel, segment_error, (("TILE", segment_error.TILE),), exact=True),
