@@ -7,6 +7,7 @@ from collections.abc import Iterable
 
 import torch
 
+from mosaic_kernels.upload import upload
 from sglang_mosaic.codec.base import Epoch
 
 REFRESH_GROWTH = 2
@@ -107,9 +108,7 @@ class EpochTable:
         """Frames are of a live epoch. In the order of the current stream."""
         rows = torch.tensor([*frames], dtype=torch.int64) - self._first
         self._numbers[rows] = number
-        if self.frame_slots.is_cuda:
-            rows = rows.pin_memory().to(self.frame_slots.device, non_blocking=True)
-        self.frame_slots[rows] = self._slots[number]
+        self.frame_slots[upload(rows, self.frame_slots.device)] = self._slots[number]
 
     def of(self, frame: int) -> Epoch:
         """The epoch that a mosaic frame was written with."""

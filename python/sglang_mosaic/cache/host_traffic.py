@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from mosaic_kernels.upload import upload
 from sglang_mosaic.cache.dense_bytes import dense_bytes, host_bytes, write_dense_bytes
 from sglang_mosaic.cache.host_page import HostPage, Label
 from sglang_mosaic.cache.host_tier import HostTier
@@ -109,7 +110,7 @@ class HostTraffic:
             if restore.frame >= first:
                 memory.slab.frames[restore.frame - first, : len(data)].copy_(data, non_blocking=True)
             else:
-                frames = torch.tensor([restore.frame], device=memory.table.frames.device)
+                frames = upload([restore.frame], memory.table.frames.device)
                 rows = data.to(frames.device, non_blocking=True)[None]
                 write_dense_bytes(memory.dense_k, memory.dense_v, frames, rows)
         if memory.table.frames.is_cuda:
@@ -131,10 +132,9 @@ class HostTraffic:
         numbers, device = [copy.frame for copy in copies], memory.table.frames.device
         if epoch is not None:
             used = memory.slab.frames[:, : planes_of(epoch).frame_bytes]
-            rows, hash_ = used[torch.tensor(numbers, device=device) - memory.table.first_mosaic], epoch.hash
+            rows, hash_ = used[upload(numbers, device) - memory.table.first_mosaic], epoch.hash
         elif current is None:
-            frames = torch.tensor(numbers, device=device)
-            rows, hash_ = dense_bytes(memory.dense_k, memory.dense_v, frames), ""
+            rows, hash_ = dense_bytes(memory.dense_k, memory.dense_v, upload(numbers, device)), ""
         else:
             nbytes = current.span(len(memory.dense_k) - 1).stop
             encoded = torch.empty(len(copies), nbytes, dtype=torch.uint8, device=device)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from mosaic_kernels.upload import upload
 from sglang_mosaic.cache.audit import audit_epochs, audit_frames, audit_free_list, audit_table, audit_tree
 from sglang_mosaic.cache.calibration_process import CalibrationProcess
 from sglang_mosaic.cache.canary import PageCanary
@@ -301,7 +302,7 @@ class PageMemory:
         if self.epochs.due(frame for frame in self._mosaic_in_use() if frame not in target):
             self._calibrate(dense)
         device = self.table.frames.device
-        rows = torch.tensor([e.mosaic_frame for e in encodings], device=device) - self.table.first_mosaic
+        rows = upload([e.mosaic_frame - self.table.first_mosaic for e in encodings], device)
 
         def put(positions: slice, span: slice, data: torch.Tensor) -> None:
             self.slab.frames[:, span].index_copy_(0, rows[positions], data)
@@ -404,7 +405,7 @@ class PageMemory:
     def _read(self, frames: list[int]) -> list[SampledPage]:
         """Copies of pages on their way to the host: no forward waits for them."""
         pages: list[SampledPage] = []
-        for some in torch.tensor(frames, device=self.table.frames.device).split(SAMPLED_TOGETHER):
+        for some in upload(frames, self.table.frames.device).split(SAMPLED_TOGETHER):
             rows = [
                 torch.empty(row.shape, dtype=row.dtype, pin_memory=row.is_cuda).copy_(row, non_blocking=True)
                 for row in dense_bytes(self.dense_k, self.dense_v, some)

@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import torch
 
+from mosaic_kernels.upload import upload
 from sglang_mosaic.codec.base import Epoch
 from sglang_mosaic.codec.planes import PlanesEpoch
 
@@ -43,7 +44,7 @@ class PageEncoder:
         Returns:
             float32 [layers, P, H]: errors, as of `Epoch.encode`.
         """
-        chosen = torch.tensor(frames, device=device)
+        chosen = upload(frames, device)
         if isinstance(epoch, PlanesEpoch) and epoch.kernels_encode(device) and len(frames) <= MOST:
             return self._by_graph(epoch, chosen, put)
         everything = slice(0, len(frames))

@@ -8,6 +8,7 @@ import random
 import torch
 
 from mosaic_kernels.segment_table import kernels_can
+from mosaic_kernels.upload import upload
 
 SAMPLE_TOKENS = 128
 """Queries kept per layer, to measure on."""
@@ -114,7 +115,7 @@ def _choice(before: int, tokens: int, device: torch.device) -> tuple[torch.Tenso
         place = number - 1 if number <= SAMPLE_TOKENS else chance.randrange(number)
         if place < SAMPLE_TOKENS:
             chosen[place] = row
-    rows, places = (torch.tensor(list(x), dtype=torch.int64, device=device) for x in (chosen.values(), chosen))
+    rows, places = (upload(list(x), device) for x in (chosen.values(), chosen))
     return rows, places, len(offered)
 
 

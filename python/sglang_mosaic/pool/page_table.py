@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import torch
 
+from mosaic_kernels.upload import upload
 from sglang_mosaic.page import PAGE_SIZE, RESERVED_PAGE, UNMAPPED
 
 
@@ -26,8 +27,7 @@ class PageTable:
         if not entries:
             return
         both = torch.tensor([list(entries), list(entries.values())], dtype=torch.int64)
-        if self.frames.is_cuda:
-            both = both.pin_memory().to(self.frames.device, non_blocking=True)
+        both = upload(both, self.frames.device)
         self.frames[both[0]] = both[1]
 
     def dense_slots(self, slots: torch.Tensor) -> torch.Tensor:
