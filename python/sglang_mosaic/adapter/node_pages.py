@@ -18,12 +18,15 @@ class NodePages:
     """
     Args:
         slots: int64 [pages * 64], whole pages, as of now in the current stream.
+        known: these pages, if somebody knows them; then nothing is read.
     """
 
-    def __init__(self, slots: torch.Tensor) -> None:
-        pages = slots[::PAGE_SIZE] // PAGE_SIZE
-        self._known: list[int] | None = None
+    def __init__(self, slots: torch.Tensor, known: list[int] | None = None) -> None:
+        self.known = known
         self._done: torch.cuda.Event | None = None
+        if known is not None:
+            return
+        pages = slots[::PAGE_SIZE] // PAGE_SIZE
         if pages.is_cuda:
             self._pages = torch.empty(pages.shape, dtype=pages.dtype, pin_memory=True)
             self._pages.copy_(pages, non_blocking=True)
@@ -32,9 +35,9 @@ class NodePages:
             self._pages = pages
 
     @classmethod
-    def note(cls, slots: torch.Tensor) -> None:
-        """Begin to read the pages of a node's slots, and remember them with the tensor."""
-        setattr(slots, _ATTRIBUTE, cls(slots))
+    def note(cls, slots: torch.Tensor, known: list[int] | None = None) -> None:
+        """Remember the pages of a node's slots with the tensor; if they are not known, begin to read them."""
+        setattr(slots, _ATTRIBUTE, cls(slots, known))
 
     @classmethod
     def of(cls, slots: torch.Tensor) -> list[int] | None:
@@ -42,9 +45,15 @@ class NodePages:
         noted: NodePages | None = getattr(slots, _ATTRIBUTE, None)
         return None if noted is None else noted()
 
+    @classmethod
+    def there(cls, slots: torch.Tensor) -> list[int] | None:
+        """The same without waiting; None also where they are still being read."""
+        noted: NodePages | None = getattr(slots, _ATTRIBUTE, None)
+        return None if noted is None else noted.known
+
     def __call__(self) -> list[int]:
-        if self._known is None:
+        if self.known is None:
             if self._done is not None:
                 self._done.synchronize()
-            self._known = self._pages.tolist()
-        return self._known
+            self.known = self._pages.tolist()
+        return self.known

@@ -89,15 +89,16 @@ class MosaicRadixCache(RadixCache):
     def _record_store_event(self, node: TreeNode) -> None:
         # Called for every new node with slots, but for those of a split.
         super()._record_store_event(node)
-        NodePages.note(node.value)
+        owner = self.token_to_kv_pool_allocator.owner
+        NodePages.note(node.value, None if owner is None else owner.at(self._position(node), len(node.key)))
 
     def _split_node(self, key: RadixKey, child: TreeNode, split_len: int) -> TreeNode:
+        pages, known = split_len // PAGE_SIZE, NodePages.there(child.value)
         new_node = super()._split_node(key, child, split_len)
-        NodePages.note(new_node.value)
-        NodePages.note(child.value)
+        NodePages.note(new_node.value, None if known is None else known[:pages])
+        NodePages.note(child.value, None if known is None else known[pages:])
         keys = getattr(child, "page_keys", None)
         if keys is not None:
-            pages = split_len // PAGE_SIZE
             new_node.page_keys, child.page_keys = keys[:pages], keys[pages:]
         return new_node
 
