@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from sglang_mosaic.adapter import compat
 from sglang_mosaic.adapter.node_pages import NodePages
 from sglang_mosaic.adapter.request_pages import HandedOut, RequestPages
 from sglang_mosaic.cache.host_page import HostPage
@@ -95,7 +96,7 @@ def with_page_events(base: type) -> type:
             pages = NodePages.of(free_index)
             if pages is None and self.owner is not None and count:
                 pages = self.owner.at(start_pos, count)
-            if not self.is_not_in_free_group:
+            if compat.in_free_group(self):
                 if count:
                     together = self._in_group is not None and pages is not None
                     self._in_group = self._in_group + pages if together else None

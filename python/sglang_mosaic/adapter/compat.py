@@ -144,3 +144,13 @@ class Tenant:
         from sglang.srt.mem_cache.radix_cache import RadixKey
 
         return RadixKey(tokens, self.extra_key, **({"cache_salt": self.cache_salt} if _IS_LATER else {}))
+
+
+def protected_tokens(request: Any) -> int | None:
+    """Tokens of a request, from the first on, whose slots are the prefix tree's; None: 0.5.23 does not say."""
+    return getattr(request, "cache_protected_len", None)
+
+
+def in_free_group(allocator: Any) -> bool:
+    """Whether an allocator collects what is freed."""
+    return not getattr(allocator, "is_not_in_free_group", allocator.free_group is None)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from sglang_mosaic.adapter import compat
 from sglang_mosaic.adapter.node_pages import NodePages
 from sglang_mosaic.page import PAGE_SIZE, pages_for
 
@@ -82,7 +83,10 @@ def _note(requests: Sequence[Any], given: Sequence[HandedOut] | None, begin: boo
     if given is None or len(given) != len(requests):
         given = [HandedOut([], -1)] * len(requests)
     for request, (pages, total) in zip(requests, given, strict=True):
-        known, first = RequestPages.of(request), request.cache_protected_len // PAGE_SIZE
+        protected = compat.protected_tokens(request)
+        if protected is None:
+            return
+        known, first = RequestPages.of(request), protected // PAGE_SIZE
         if begin and (known is None or known.first != first):
             known = RequestPages(first)
         if known is not None:
