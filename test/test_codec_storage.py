@@ -17,7 +17,6 @@ from sglang_mosaic.codec import storage as storage_module
 from sglang_mosaic.codec.storage import VERSION, load_epoch, save_epoch
 from sglang_mosaic.config import MosaicConfig
 from sglang_mosaic.errors import ConfigError
-from topk_cases import with_topk
 
 LAYERS, HEADS, K_DIM, V_DIM = 2, 2, 48, 32
 GEOMETRY = Geometry(LAYERS, HEADS, K_DIM, V_DIM, torch.bfloat16, "cpu", 1024, 0, LAYERS)
@@ -37,7 +36,7 @@ def make_epoch(ratio=4.0, layers=LAYERS):
     made = codec.calibrate(
         [LayerSample(k, v, 1) for k, v in zip(pages(K_DIM, 0, layers), pages(V_DIM, 1, layers), strict=True)]
     )
-    return with_topk(made)
+    return made.with_topk()
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,6 @@ from sglang_mosaic.codec.storage import epoch_to_bytes
 from sglang_mosaic.manager.recompress import coarsen as coarsening
 from sglang_mosaic.manager.recompress.groups import FrameError, FrameLayout, Kind, epoch_hash
 from sglang_mosaic.manager.recompress.planes import PlanesPacking
-from topk_cases import with_topk
 
 LIMITS = (0.2, 0.3, 0.5)
 
@@ -114,7 +113,7 @@ def test_rungs_cost_more_and_more(bits: int) -> None:
 
 def test_topk_segments_are_kept_as_they_are() -> None:
     # One channel a token, another one every time: per-vector selection wins there.
-    epoch = with_topk(frames(6.0).epoch)
+    epoch = frames(6.0).epoch.with_topk()
     torch.manual_seed(1)
     stored = torch.zeros(2, 64, 32).scatter_(-1, torch.randint(0, 32, (2, 64, 1)), 1000.0)
     parts = []

@@ -84,12 +84,11 @@ class RecentPages:
         table = self.scheduler.req_to_token_pool.req_to_token
         pages: set[int] = set()
         for request in self._requests():
-            known = RequestPages.of(request)
+            row, known = compat.pool_index(request), RequestPages.of(request)
+            if row is None:
+                continue  # it has given its pages back
             if known is not None:
                 pages.update(known.last(self.window_pages, request.last_node))
-                continue
-            row = compat.pool_index(request)
-            if row is None:
                 continue
             last = (request.kv.kv_allocated_len - 1) // PAGE_SIZE
             first = max(last - self.window_pages + 1, 0)

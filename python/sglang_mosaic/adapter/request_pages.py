@@ -59,10 +59,10 @@ class RequestPages:
         """The last pages of the request, at most so many.
 
         Args:
-            node: the request's own of the tree.
+            node: the request's own of the tree; None: there is no tree, and all its pages are here.
         """
         pages = self.pages[-count:] if count else []
-        while len(pages) < count and node.parent is not None:
+        while len(pages) < count and node is not None and node.parent is not None:
             of_node = NodePages.of(node.value) or NodePages(node.value)()
             pages = of_node[len(pages) - count :] + pages
             node = node.parent

@@ -15,7 +15,6 @@ from mosaic_kernels.merge_lse.launch import merge_rows
 from mosaic_kernels.rotate_rows.launch import rotate_rows
 from mosaic_kernels.segment_decode.launch import decode_frames
 from mosaic_kernels.segment_table import FORMATS, make_table
-from mosaic_kernels.topk.segment import TopKFormat
 from sglang_mosaic.cache.memory import PageMemory
 from sglang_mosaic.cache.prefill_attention import DECODED
 from sglang_mosaic.codec.base import LayerSample
@@ -43,26 +42,15 @@ def warm_up(memory: PageMemory, query_heads: int, ragged: RaggedAttention | None
     codec.observe_queries(0, noise(PAGE_SIZE, query_heads, k_dim))
     k, v = noise(PAGES, PAGE_SIZE, heads, k_dim), noise(PAGES, PAGE_SIZE, heads, v_dim)
     epoch = codec.calibrate([LayerSample(k, v, 0)], quick=True)
-    for with_all in (_with_topk(epoch), epoch):
-        with_all.encode(0, k[:1], v[:1])
+    # Where a head has formats of a rare kind, encoders choose by another kernel.
+    for either in (epoch.with_topk(), epoch):
+        either.encode(0, k[:1], v[:1])
     data, _ = epoch.encode(0, k, v)
     table = make_table([epoch.head_formats(0)], device, topk=False, exceptions=False, room=FORMATS)
     decoded = decode_frames(data, torch.arange(PAGES, device=device), table, 0, DECODED)
     # Numbers of rows that 16 divides have kernels of their own.
     for tokens in (PAGE_SIZE, PAGE_SIZE + 1):
         _read(noise(tokens, query_heads, k_dim), noise, *decoded, epoch, ragged)
-
-
-def _with_topk(epoch: PlanesEpoch) -> PlanesEpoch:
-    """The same with formats of a rare kind, which encoders choose from by another kernel."""
-    plan = epoch.layers[0]
-    k_dim, v_dim = plan.basis.k_basis.shape[1], plan.basis.v_basis.shape[1]
-    sparse = [TopKFormat.fitting(head.segment_bytes, k_dim, v_dim, epoch.page_size) for head in plan.heads]
-    heads = [
-        head._replace(formats=(*head.formats, *([fmt] if fmt else [])))
-        for head, fmt in zip(plan.heads, sparse, strict=True)
-    ]
-    return PlanesEpoch([plan._replace(heads=tuple(heads))], epoch.page_size)
 
 
 def _read(

@@ -20,6 +20,7 @@ from mosaic_kernels.segment import ALIGNMENT, GROUP
 from mosaic_kernels.segment_encode.reference import rotate_pages
 from mosaic_kernels.segment_error.reference import FORMAT
 from mosaic_kernels.segment_table import HeadFormats, kernels_can
+from mosaic_kernels.topk.segment import TopKFormat
 from sglang_mosaic.codec import strategies
 from sglang_mosaic.codec.base import Codec, Epoch, LayerSample, Put, Rows, check_pages
 from sglang_mosaic.codec.basis import value_weights
@@ -112,6 +113,18 @@ class PlanesEpoch(Epoch):
             return super().encode_layers(layers, rows, put)
         errors, rare = self.encode_ordinary(layers, rows, put)
         return self.encode_rare(rare, errors, rows, put)
+
+    def with_topk(self) -> PlanesEpoch:
+        """The same with a format of top-k more in every head that has the bytes for one: calibrations give it only to
+        heads that have a page for it."""
+        _, k_dim, v_dim = self._heads_and_dims
+        layers = []
+        for plan in self.layers:
+            formats = [TopKFormat.fitting(head.segment_bytes, k_dim, v_dim, self.page_size) for head in plan.heads]
+            pairs = zip(plan.heads, formats, strict=True)
+            heads = (head if fmt is None else head._replace(formats=(*head.formats, fmt)) for head, fmt in pairs)
+            layers.append(plan._replace(heads=tuple(heads)))
+        return PlanesEpoch(layers, self.page_size)
 
     def kernels_encode(self, device: torch.device) -> bool:
         """Whether kernels encode pages on a device."""
