@@ -136,9 +136,11 @@ def test_what_a_step_reads(monkeypatch):
         return DecodeAttention(memory, SegmentTables(memory), GROUP).reading(lengths)
 
     monkeypatch.setattr(module, "CROSSOVER", 10_000 * heads)
+    monkeypatch.setattr(module, "CROSSOVER_SHARED", 5_000 * heads)
     assert reading([1 << 20]) is Reading.ALL
     assert reading([9_999], select=0.1) is Reading.ALL
     assert reading([10_000], select=0.1) is Reading.SELECTED
+    assert reading([5_000], select=0.1, select_steps=2) is Reading.SELECTED
     assert reading([5_000, 5_000], select=0.1) is Reading.SELECTED
     assert reading([4_000] * 9, select=0.1) is Reading.ALL  # each reads all that is fewer than 4,096
     assert reading([500], select=0.1, select_from=500) is Reading.SELECTED

@@ -186,6 +186,23 @@ def test_what_is_farther_than_all_that_wait_has_no_room() -> None:
     tier.close()
 
 
+def test_a_tier_is_crowded_until_the_manager_has_taken_what_left() -> None:
+    memory, keys = pool_with_room_for(8)
+    tier = memory.host.tier
+    assert not tier.crowded
+    memory.free([2, 3, 4])
+    memory.host.evicted([2, 3, 4], keys[1:4], PAGE_SIZE)
+    memory.begin_forward()
+    assert tier.crowded
+    while tier.busy:
+        tier.poll()
+    assert not tier.crowded and tier.held(keys[1:4]) == 3
+    tier.close()
+    assert not tier._client.connected
+    tier._outbox_bytes = tier._most_bytes
+    assert not tier.crowded, "nobody takes them"
+
+
 def test_what_the_host_has_is_not_copied_again() -> None:
     memory = pool()
     keys = page_keys(namespace("test"), range(2 * PAGE_SIZE))

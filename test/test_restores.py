@@ -163,6 +163,18 @@ def test_pages_are_taken_many_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None
     bench.client.close()
 
 
+def test_pages_for_which_there_is_no_place_are_held_until_the_time_is_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr("sglang_mosaic.cache.restores.time.monotonic", lambda: now[0])
+    bench = Bench(slots=32, at_once=32)
+    bench.restores.begin("a", bench.cases.keys, 1.0)
+    bench.turn()
+    assert bench.restores.take("a", hold=True) == [] and not bench.restores.done("a")
+    now[0] = 1.1
+    assert data_of(bench.restores.take("a", hold=True)) == bench.cases.frames and bench.restores.done("a")
+    bench.client.close()
+
+
 def test_turns_longer_than_the_budget_cost_no_page(monkeypatch: pytest.MonkeyPatch) -> None:
     """Forwards of others last longer than computing the pages would take: nobody looks, but the manager works."""
     bench = Bench()

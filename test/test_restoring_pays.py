@@ -64,6 +64,8 @@ def test_one_page_that_was_held_up_does_not_end_restoring() -> None:
     for _ in range(WINDOW):
         rate.received(0.003)
     assert rate() == pytest.approx(0.003)
+    rate.placed(2.0)
+    assert rate() == pytest.approx(0.003), "the first time is a slow one"
     rate.placed(0.0005)
     assert rate() == pytest.approx(0.0035), "the scheduler waits for both"
 
@@ -84,7 +86,8 @@ def test_restoring_is_tried_again_after_a_slow_moment(monkeypatch: pytest.Monkey
     monkeypatch.setattr("sglang_mosaic.cache.restore_rate.time.monotonic", lambda: now)
     rate = RestoreRate()
     rate.answered(0.002)
-    rate.placed(0.001)
+    for _ in range(2):
+        rate.placed(0.001)
     for _ in range(3):
         rate.placed(5.0)
     assert rate() == pytest.approx(5.002)

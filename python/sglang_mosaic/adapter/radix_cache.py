@@ -159,8 +159,9 @@ class MosaicRadixCache(RadixCache):
         restoring = self._restoring.get(name)
         if restoring is None:
             return True
-        restores = self._memory.host.tier.restores
-        pages = restores.take(name)
+        tier = self._memory.host.tier
+        restores = tier.restores
+        pages = restores.take(name, hold=tier.crowded)
         if pages:
             self._memory.seal_written()  # waits for the device, which is no part of the work that is measured
         started = time.perf_counter()

@@ -34,9 +34,9 @@ from sglang_mosaic.page import PAGE_SIZE
 
 PROGRAMS_PER_PROCESSOR = 16
 """Programs that keep a multiprocessor busy."""
-CROSSOVER = 1 << 19
-"""Tokens times KV heads of a batch below which reading all takes no longer than selecting (measured at 1, 8 and 32
-requests, docs/kernels.md)."""
+CROSSOVER, CROSSOVER_SHARED = 1 << 21, 1 << 19
+"""Tokens times KV heads of a batch below which reading all takes no longer than selecting in every step, and than steps
+that share a selection (measured at 1, 8 and 32 requests, docs/kernels.md)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,7 +108,8 @@ class DecodeAttention:
             return Reading.ALL
         config = self._memory.config
         long = sum(tokens for tokens in lengths if tokens >= config.least_selected)
-        if not long or (config.select_from is None and long * self._heads < CROSSOVER):
+        crossover = CROSSOVER_SHARED if config.select_steps > 1 else CROSSOVER
+        if not long or (config.select_from is None and long * self._heads < crossover):
             return Reading.ALL
         return Reading.SELECTED
 

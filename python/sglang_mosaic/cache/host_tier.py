@@ -72,6 +72,12 @@ class HostTier:
         """Pages that `keep` has room for."""
         return max(self._most_bytes - self._waiting_bytes, 0) // page_bytes
 
+    @property
+    def crowded(self) -> bool:
+        """Whether what comes back should wait. It makes others leave, a whole node at a time, and faster than the manager
+        takes them, which brings back first. An absent manager takes none, whoever waits."""
+        return self._client.connected and self._waiting_bytes > self._most_bytes // 4
+
     def make_room(self, positions: Sequence[int], page_bytes: int) -> int:
         """Drop pages that wait and are farther from the starts of their sequences, the farthest first: a tree gives up
         sequences from their ends, and without a page those behind it are of no use.

@@ -27,6 +27,7 @@ class RestoreRate:
         self._manager = _Newest()
         self._own = _Newest()
         self._placed = _Newest()
+        self._placed_any = False
 
     def __call__(self) -> float | None:
         """Seconds a page; None: none has come yet."""
@@ -44,8 +45,14 @@ class RestoreRate:
         self._own.add(seconds)
 
     def placed(self, seconds: float) -> None:
-        """The scheduler took so long a page to put some into the tree and into their frames."""
-        self._placed.add(seconds)
+        """The scheduler took so long a page to put some into the tree and into their frames.
+
+        The first time does not count: what takes part is loaded then. Nothing would be brought back for it, and so
+        nothing be measured again.
+        """
+        if self._placed_any:
+            self._placed.add(seconds)
+        self._placed_any = True
 
 
 class _Newest:

@@ -132,13 +132,17 @@ class Restores:
         self._restores[name] = restore
         self.ask()
 
-    def take(self, name: str) -> list[HostPage]:
+    def take(self, name: str, hold: bool = False) -> list[HostPage]:
         """Pages that have arrived and follow those that were taken before, once they are many or nothing is to be
-        waited for. They can be read."""
+        waited for. They can be read.
+
+        Args:
+            hold: there is no place for any now; one that is waited for no longer takes them all the same.
+        """
         restore = self._restores[name]
         keys = restore.ready()
         more_come = len(keys) < min(TOGETHER, restore.end - restore.taken)
-        if more_come and not self._full() and time.monotonic() <= restore.deadline:
+        if (hold or (more_come and not self._full())) and time.monotonic() <= restore.deadline:
             return []
         pages = [restore.arrived[key] for key in keys]
         unknown = next((i for i, page in enumerate(pages) if not self._known(page.epoch)), len(pages))
