@@ -30,6 +30,7 @@ from benchmark.common.options import integer
 from benchmark.common.report import environment, write_json
 from benchmark.common.stats import format_table
 from benchmark.kernels.sizes import SHARED_STEPS
+from mosaic_kernels import merge_pieces
 from mosaic_kernels.attend_dense import launch as attend_dense
 from mosaic_kernels.attend_dense.kernel import attend_dense_kernel, merge_pieces_kernel
 from mosaic_kernels.attend_pages import launch as attend_pages
@@ -117,6 +118,8 @@ class Kernel(NamedTuple):
 WIDE = "ROWS", MOST_GROUP
 _STEP = ("T", 64), ("EPOCHS", 4), ("KINDS", 8), ("BLOCK", plan_step.BLOCK), ("SELECT", True), ("SHARE_BITS", SHARE_BITS)
 _ROWS = (("requests", "*i64"),)
+# Of one request.
+_JOIN = ("COLUMNS", merge_pieces.TOGETHER // merge_pieces.MOST), ("PIECES", merge_pieces.MOST)
 _RARE = ("ANY_TOPK", True), ("ANY_EXCEPTIONS", True)
 KERNELS = {
     "query_squares": Kernel(
@@ -152,7 +155,7 @@ KERNELS = {
         (("PIECES", far_share.PIECES), ("COLUMNS", far_share.COLUMNS), ("FOLLOW", True)),
         types=(("kept", "*fp32"), ("far_lse", "*fp32")),
     ),
-    "combine: join": Kernel(join_items_kernel, combine, (("PIECES", combine.PIECES),), "JOIN_WARPS"),
+    "combine: join": Kernel(join_items_kernel, combine, _JOIN, "JOIN_WARPS"),
     "combine": Kernel(combine_kernel, combine, (("COLUMNS", combine.COLUMNS), WIDE)),
     "plan_step: count": Kernel(count_pages_kernel, plan_step, _STEP, types=_ROWS),
     "plan_step: place": Kernel(place_pages_kernel, plan_step, (*_STEP, ("CUT", plan_step.CUT), ("N", 64)), types=_ROWS),
@@ -185,7 +188,10 @@ KERNELS = {
         types=(("q", "*bf16"), ("k", "*bf16"), ("v", "*bf16"), ("factor", "fp32")),
     ),
     "attend_dense: merge": Kernel(
-        merge_pieces_kernel, attend_dense, (("PIECES", attend_dense.PIECES),), "MERGE_WARPS",
+        merge_pieces_kernel,
+        attend_dense,
+        _JOIN,
+        "MERGE_WARPS",
         types=(("result", "*bf16"), ("result_lse", "*fp32")),
     ),
 }  # fmt: skip

@@ -68,13 +68,31 @@ class Cuts(NamedTuple):
     """Where each item begins, and the end."""
 
 
+SPARE_SHARE, SIZES = 4, 4
+"""Pieces get longer by up to a SPARE_SHARE-th, in so many steps, if there are no more than programs then."""
+
+
+def piece_size(lengths: Sequence[int], heads: int, programs: int, least: int) -> int:
+    """How long pieces are at most, all of about this length.
+
+    Items that are cut have a shorter rest each, so that there would be more pieces than programs: the last of them
+    would have the device for themselves. Where little more length avoids that, pieces have it.
+    """
+    even = size = max(-(-sum(lengths) * heads // programs), least)
+    for _ in range(SIZES):
+        count = heads * sum(-(-length // size) for length in lengths)
+        if count > programs:
+            size = max(-(-size * count // programs), size + 1)
+    return size if size <= even + even // SPARE_SHARE else even
+
+
 def cut(lengths: Sequence[int], heads: int, programs: int, least: int, capacity: int | None) -> Cuts:
-    """Pieces of at least `least` where an item has as many, `programs` of them over all KV heads; see `plan`.
+    """Pieces of at least `least` where an item has as many, about `programs` of them over all KV heads; see `plan`.
 
     Raises:
         ValueError: more pieces than `capacity`.
     """
-    size = max(-(-sum(lengths) * heads // programs), least)
+    size = piece_size(lengths, heads, programs, least)
     cuts = Cuts([], [0], [0])
     for item, length in enumerate(lengths):
         # As even as possible: the longest piece is what a step waits for.

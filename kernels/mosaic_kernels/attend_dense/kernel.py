@@ -58,14 +58,16 @@ def attend_dense_kernel(
 @triton.jit
 def merge_pieces_kernel(
     out, lse, first_piece, result, result_lse, heads,
-    DV: tl.constexpr, V_DIM: tl.constexpr, PIECES: tl.constexpr,
+    V_DIM: tl.constexpr, COLUMNS: tl.constexpr, PIECES: tl.constexpr,
 ):  # fmt: skip
-    """One program: a request and a query head. out [pieces, heads, V_DIM] -> result [requests, heads, V_DIM]."""
+    """One program: a request, a query head and COLUMNS of V. out [pieces, heads, V_DIM] -> result [requests, heads,
+    V_DIM]."""
     request, head = tl.program_id(0), tl.program_id(1)
-    top, total, summed = no_pieces(PIECES, DV)
+    d = tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS)
+    top, total, summed = no_pieces(PIECES, COLUMNS)
     first, last = tl.load(first_piece + request), tl.load(first_piece + request + 1)
-    top, total, summed = add_pieces(top, total, summed, out, lse, first, last, head, heads, DV, V_DIM, PIECES)
+    top, total, summed = add_pieces(top, total, summed, out, lse, first, last, head, heads, d, V_DIM, PIECES)
     mean, found = join_pieces(top, total, summed)
-    row, d = request * heads + head, tl.arange(0, DV)
+    row = request * heads + head
     tl.store(result + row * V_DIM + d, mean.to(result.dtype.element_ty), mask=d < V_DIM)
     tl.store(result_lse + row, found)

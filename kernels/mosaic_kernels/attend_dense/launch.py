@@ -6,11 +6,12 @@ import torch
 import triton.language as tl
 
 from mosaic_kernels.attend_dense.kernel import LOG2_E, attend_dense_kernel, merge_pieces_kernel
+from mosaic_kernels.merge_pieces import join_sizes
 from mosaic_kernels.plan_step.step import DENSE_WARPS, DenseBatch
 from mosaic_kernels.segment_table import MOST_GROUP, padded
 
 _FACTORS = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-WARPS, STAGES, MERGE_WARPS, PIECES = DENSE_WARPS, 2, 4, 32
+WARPS, STAGES, MERGE_WARPS = DENSE_WARPS, 2, 4
 
 
 def attend_dense(
@@ -63,8 +64,8 @@ def attend_dense(
     )  # fmt: skip
     result = torch.empty(requests, query_heads, v_dim, dtype=dtype, device=q.device)
     result_lse = torch.empty(requests, query_heads, device=q.device)
-    merge_pieces_kernel[requests, query_heads](
-        out, lse, batch.first_piece, result, result_lse, query_heads,
-        DV=padded(v_dim), V_DIM=v_dim, PIECES=PIECES, num_warps=MERGE_WARPS,
-    )  # fmt: skip
+    sizes = join_sizes(capacity // DENSE_WARPS, requests, v_dim)
+    merge_pieces_kernel[requests, query_heads, -(-v_dim // sizes["COLUMNS"])](
+        out, lse, batch.first_piece, result, result_lse, query_heads, V_DIM=v_dim, **sizes, num_warps=MERGE_WARPS
+    )
     return result, result_lse

@@ -10,20 +10,22 @@ from mosaic_kernels.merge_pieces import add_pieces, join_pieces, no_pieces
 @triton.jit
 def join_items_kernel(
     out_a, lse_a, first_a, out_b, lse_b, first_b, epochs, joined, joined_lse, heads,
-    DV: tl.constexpr, V_DIM: tl.constexpr, PIECES: tl.constexpr, TWO: tl.constexpr,
+    V_DIM: tl.constexpr, COLUMNS: tl.constexpr, PIECES: tl.constexpr, TWO: tl.constexpr,
 ):  # fmt: skip
-    """One program: an item and a query head. out_* [pieces, heads, V_DIM] -> joined [items, heads, V_DIM]."""
+    """One program: an item, a query head and COLUMNS of V. out_* [pieces, heads, V_DIM] -> joined [items, heads,
+    V_DIM]."""
     item, head = tl.program_id(0), tl.program_id(1)
     if tl.load(epochs + item) < 0:
         return
-    top, total, summed = no_pieces(PIECES, DV)
+    d = tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS)
+    top, total, summed = no_pieces(PIECES, COLUMNS)
     first, last = tl.load(first_a + item), tl.load(first_a + item + 1)
-    top, total, summed = add_pieces(top, total, summed, out_a, lse_a, first, last, head, heads, DV, V_DIM, PIECES)
+    top, total, summed = add_pieces(top, total, summed, out_a, lse_a, first, last, head, heads, d, V_DIM, PIECES)
     if TWO:
         first, last = tl.load(first_b + item), tl.load(first_b + item + 1)
-        top, total, summed = add_pieces(top, total, summed, out_b, lse_b, first, last, head, heads, DV, V_DIM, PIECES)
+        top, total, summed = add_pieces(top, total, summed, out_b, lse_b, first, last, head, heads, d, V_DIM, PIECES)
     mean, lse = join_pieces(top, total, summed)
-    row, d = item * heads + head, tl.arange(0, DV)
+    row = item * heads + head
     tl.store(joined + row * V_DIM + d, mean, mask=d < V_DIM)
     tl.store(joined_lse + row, lse)
 

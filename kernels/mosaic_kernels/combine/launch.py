@@ -7,12 +7,12 @@ from collections.abc import Sequence
 import torch
 
 from mosaic_kernels.combine.kernel import combine_kernel, join_items_kernel
+from mosaic_kernels.merge_pieces import join_sizes
 from mosaic_kernels.page_batch import PageBatch
 from mosaic_kernels.segment_table import MOST_GROUP, padded
 
 WARPS, COLUMNS = 4, 32
-JOIN_WARPS, PIECES = 4, 32
-"""PIECES: that a program looks at side by side."""
+JOIN_WARPS = 4
 
 
 def combine(
@@ -58,9 +58,10 @@ def combine(
     joined = torch.empty(items, heads, group, v_dim, device=dense_out.device)
     joined_lse = torch.empty(items, heads, group, device=dense_out.device)
     if items:
-        join_items_kernel[items, heads * group](
+        sizes = join_sizes(batch.capacity, requests, v_dim)
+        join_items_kernel[items, heads * group, -(-v_dim // sizes["COLUMNS"])](
             *parts[0], *parts[-1], batch.epochs, joined, joined_lse, heads * group,
-            DV=padded(v_dim), V_DIM=v_dim, PIECES=PIECES, TWO=len(parts) == 2, num_warps=JOIN_WARPS,
+            V_DIM=v_dim, **sizes, TWO=len(parts) == 2, num_warps=JOIN_WARPS,
         )  # fmt: skip
     if requests:
         combine_kernel[requests, heads, -(-v_dim // columns)](

@@ -3,6 +3,10 @@
 import triton
 import triton.language as tl
 
+from mosaic_kernels import page_batch
+
+SIZES, SPARE_SHARE = tl.constexpr(page_batch.SIZES), tl.constexpr(page_batch.SPARE_SHARE)
+
 
 @triton.jit
 def _find_pages(req_to_token, row, page, pages, page_table, slots, first_mosaic, T: tl.constexpr, EPOCHS: tl.constexpr):
@@ -34,6 +38,18 @@ def count_pages_kernel(
         kind, _ = _find_pages(req_to_token, row, page, pages, page_table, slots, first_mosaic, T, EPOCHS)
         found += tl.sum((kind[:, None] == every[None, :]).to(tl.int32), 0)
     tl.store(counts + r * (EPOCHS + 1) + every, found, mask=every <= EPOCHS)
+
+
+@triton.jit
+def _piece_size(lengths, heads, programs, least):
+    """As `page_batch.piece_size`; lengths int32 [N], 0 for none."""
+    even = tl.maximum((tl.sum(lengths) * heads + programs - 1) // programs, least)
+    size = even
+    for _ in tl.static_range(SIZES):
+        count = tl.sum((lengths + size - 1) // size) * heads
+        longer = tl.maximum((size * count + programs - 1) // programs, size + 1)
+        size = tl.where(count > programs, longer, size)
+    return tl.where(size <= even + even // SPARE_SHARE, size, even)
 
 
 @triton.jit
@@ -98,7 +114,7 @@ def place_pages_kernel(
     n = tl.arange(0, N)
     of_item = tl.load(counts + n // EPOCHS * (EPOCHS + 1) + n % EPOCHS, mask=n < count * EPOCHS, other=0)
     before = n < r * EPOCHS
-    size = tl.maximum((tl.sum(of_item) * heads + programs - 1) // programs, least_pages)
+    size = _piece_size(of_item, heads, programs, least_pages)
     in_pieces = (of_item + size - 1) // size
     item = tl.sum((before & (of_item > 0)).to(tl.int32))
     first = tl.sum(tl.where(before, of_item, 0))
@@ -108,7 +124,7 @@ def place_pages_kernel(
     _clear(pieces, tl.sum(in_pieces), capacity, r, count, CUT)
     if SELECT:
         chosen = _most_selected(of_item * T, share, least_selected, SHARE_BITS)
-        token_size = tl.maximum((tl.sum(chosen) * heads + programs - 1) // programs, T)
+        token_size = _piece_size(chosen, heads, programs, T)
         in_token_pieces = (chosen + token_size - 1) // token_size
         token = tl.sum(tl.where(before, chosen, 0))
         token_piece = tl.sum(tl.where(before, in_token_pieces, 0))
@@ -144,7 +160,7 @@ def place_pages_kernel(
     # The others.
     m = tl.arange(0, N)
     of_request = tl.load(counts + m * (EPOCHS + 1) + EPOCHS, mask=m < count, other=0)
-    size = tl.maximum((tl.sum(of_request) * heads + dense_programs - 1) // dense_programs, 1)
+    size = _piece_size(of_request, heads, dense_programs, 1)
     in_pieces = (of_request + size - 1) // size
     first = tl.sum(tl.where(m < r, of_request, 0))
     piece = tl.sum(tl.where(m < r, in_pieces, 0))

@@ -6,7 +6,7 @@ import itertools
 
 import torch
 
-from mosaic_kernels.page_batch import LEAST_PAGES, PageBatch
+from mosaic_kernels.page_batch import LEAST_PAGES, PageBatch, piece_size
 from mosaic_kernels.plan_step.step import SHARE_BITS, DenseBatch, Shape, StepPlan
 from mosaic_kernels.select.selection import SelectionPlan
 
@@ -93,7 +93,7 @@ def _most(shape: Shape, tokens: int) -> int:
 
 def _cut(shape: Shape, lengths: list[int], programs: int, least: int) -> tuple[torch.Tensor, list[int], list[int]]:
     """Pieces, where each length's begin, and where it begins itself."""
-    size = max(-(-sum(lengths) * shape.heads // programs), least)
+    size = piece_size(lengths, shape.heads, programs, least)
     pieces, first_piece, first = [], [0], [0]
     for i, length in enumerate(lengths):
         count = -(-length // size)

@@ -74,8 +74,8 @@ class HostTier:
 
     @property
     def crowded(self) -> bool:
-        """Whether what comes back should wait. It makes others leave, a whole node at a time, and faster than the manager
-        takes them, which brings back first. An absent manager takes none, whoever waits."""
+        """Whether what comes back should wait. It makes others leave, a whole node at a time, and faster than the
+        manager takes them, which brings back first. An absent manager takes none, whoever waits."""
         return self._client.connected and self._waiting_bytes > self._most_bytes // 4
 
     def make_room(self, positions: Sequence[int], page_bytes: int) -> int:
