@@ -9,7 +9,7 @@ import torch
 
 from mosaic_kernels.attend_dense import reference as dense_reference
 from mosaic_kernels.attend_dense.launch import attend_dense
-from mosaic_kernels.page_batch import PageBatch
+from mosaic_kernels.page_batch import PageBatch, piece_size
 from mosaic_kernels.plan_step import reference
 from mosaic_kernels.plan_step.launch import plan_step
 from mosaic_kernels.plan_step.step import Shape, StepPlan, allocate
@@ -101,6 +101,15 @@ def test_plan(case: tuple[list[int], float, float]) -> None:
     assert_equal(plan, reference.plan_step(shape, *shorter))
     plan_step(plan, *tables)
     assert_equal(plan, wanted)
+
+
+def test_no_more_pieces_than_programs_where_little_more_length_avoids_it() -> None:
+    assert piece_size([2048] * 8, 8, 2112, 2) == 63  # 33 pieces for each: as many as programs
+    # Pieces of 63 pages would be 9 for each of 32, 192 more than programs.
+    assert piece_size([512] * 32, 8, 2112, 2) == 69
+    # One long request among many short ones is still cut: a piece of all of it would be what everyone waits for.
+    assert piece_size([8192] + [16] * 63, 32, 2112, 2) == 140
+    assert piece_size([], 8, 2112, 2) == piece_size([1, 1], 8, 2112, 2) == 2
 
 
 def test_rooms_are_enough_for_any_batch() -> None:

@@ -30,6 +30,7 @@ from mosaic_kernels.select.selection import Selected
 from sglang_mosaic.cache.memory import PageMemory
 from sglang_mosaic.cache.reading import Reading
 from sglang_mosaic.cache.segment_tables import LayerTables, SegmentTables
+from sglang_mosaic.cache.side_stream import SideStream
 from sglang_mosaic.page import PAGE_SIZE
 
 PROGRAMS_PER_PROCESSOR = 16
@@ -70,6 +71,7 @@ class DecodeAttention:
         self._memory, self._tables, self._group = memory, tables, group
         self._heads = memory.dense_k[0].shape[1]
         self._programs = PROGRAMS_PER_PROCESSOR * _processors(memory.slab.frames.device)
+        self._side = SideStream(memory.slab.frames.device)
         self._selects = bool(memory.config.select)
         self._kept: list[list[torch.Tensor]] = []
 
@@ -139,12 +141,10 @@ class DecodeAttention:
             [requests, Hq, v_dim] in the type of q.
         """
         slabs = self._memory.dense_k[layer], self._memory.dense_v[layer]
-        nothing = reading is Reading.NOTHING
-        dense_out, dense_lse = attend_dense(
-            q, *slabs, step.plan.dense, scale, PAGE_SIZE, q.dtype if nothing else torch.float32
-        )
-        if nothing:
-            return dense_out
+        if reading is Reading.NOTHING:
+            return attend_dense(q, *slabs, step.plan.dense, scale, PAGE_SIZE, q.dtype)[0]
+        with self._side.beside():
+            dense_out, dense_lse = attend_dense(q, *slabs, step.plan.dense, scale, PAGE_SIZE)
         tables = self._tables.layer(layer)
         batch, data = step.plan.mosaic, self._memory.slab.frames
         rotated = rotate_queries(q, tables.q_basis, batch)
@@ -153,6 +153,7 @@ class DecodeAttention:
             parts = [(*found, batch.first_piece)]
         else:
             parts = self._read_selected(step, reading, layer, rotated, tables, dense_lse, scale)
+        self._side.join()
         return combine(parts, batch, tables.v_unrotate, dense_out, dense_lse, q.dtype)
 
     def _read_selected(
@@ -169,17 +170,20 @@ class DecodeAttention:
         batch, room = step.plan.mosaic, step.plan.selection
         assert room is not None, "the step was allocated without a selection"
         if reading is Reading.SELECTED:
+            self._side.join()
             keys, page_lse = scan(rotated, data, dense_lse, batch, formats, scale)
             keep = step.kept[layer].selected if step.kept else None
             config = self._memory.config
             chosen = select(keys, page_lse, batch, room, formats, config.select_top_p, keep, config.select_steps)
         else:
             chosen = step.kept[layer].selected
+        with self._side.beside():
+            out, lse = far_field(chosen.far, data, batch, formats)
         near = attend_selected(rotated, data, batch, room, chosen, formats, scale)
-        out, lse = far_field(chosen.far, data, batch, formats)
         if step.kept and reading is Reading.SELECTED:
             selected_lse(near[1], room.first_piece, step.kept[layer].lse)
         elif step.kept:
+            self._side.join()
             keep_share(near[1], room.first_piece, step.kept[layer].lse, lse, batch.first_piece)
         return [(*near, room.first_piece), (out, lse, batch.first_piece)]
 
