@@ -47,5 +47,14 @@ def test_it_is_filled_up_step_by_step(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [reserve.keep_ahead(mib * MIB) for mib in stored] == steps
 
 
+def test_a_large_store_has_a_share_of_it_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "RESERVE_BYTES", MIB)
+    monkeypatch.setattr(module, "STEP_BYTES", MIB)
+    monkeypatch.setattr(module, "_PIECE", MIB)
+    reserve = Reserve(32 * MIB)
+    assert [reserve.keep_ahead(0) for _ in range(5)] == [True] * 4 + [False]
+    assert [reserve.keep_ahead(2 * MIB) for _ in range(3)] == [True] * 2 + [False]
+
+
 def test_a_small_store_has_none() -> None:
     assert not Reserve(MIB).keep_ahead(0)

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import ctypes
 
-RESERVE_BYTES = 1 << 29
-"""Written to ahead of what is stored."""
+RESERVE_BYTES, RESERVE_SHARE = 1 << 29, 8
+"""Written to ahead of what is stored, or a share of all if that is more: a long prompt that comes back makes as much
+leave within a second as it has itself."""
 STEP_BYTES = 1 << 25
 """At a time: other work must not wait for long."""
 _PIECE = 1 << 23
@@ -26,6 +27,7 @@ class Reserve:
 
     def __init__(self, most_bytes: int) -> None:
         self._most_bytes = most_bytes
+        self._ahead = max(RESERVE_BYTES, most_bytes // RESERVE_SHARE)
         self._written = 0
         self._libc = ctypes.CDLL(None)
         self._libc.malloc.restype = ctypes.c_void_p
@@ -38,7 +40,7 @@ class Reserve:
         Args:
             stored_bytes: in use at the moment.
         """
-        if min(stored_bytes + RESERVE_BYTES, self._most_bytes) - self._written < STEP_BYTES:
+        if min(stored_bytes + self._ahead, self._most_bytes) - self._written < STEP_BYTES:
             return False
         # What was written to before is taken first, or it would be given again.
         free = [self._libc.malloc(_PIECE) for _ in range(max(self._written - stored_bytes, 0) // _PIECE)]
