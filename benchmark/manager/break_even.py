@@ -127,7 +127,8 @@ def measure(args: argparse.Namespace, url: str, pool_tokens: int) -> list[dict[s
             seconds, found = timed(client, prompts)
             restored += seconds
             cached += found
-        recomputed = statistics(url)["host"]["recomputed"] - before
+        host = statistics(url)["host"]
+        recomputed, page_s = host["recomputed"] - before, host["restore_page_seconds"]
         ms = [percentile(seconds, 50) * 1e3 for seconds in (computed, restored)]
         rows.append(
             {
@@ -140,6 +141,7 @@ def measure(args: argparse.Namespace, url: str, pool_tokens: int) -> list[dict[s
                 "recomputed_share": recomputed / (len(cached) * pages),
                 "computed_p90_ms": percentile(computed, 90) * 1e3,
                 "restored_p90_ms": percentile(restored, 90) * 1e3,
+                "page_ms": None if page_s is None else page_s * 1e3,
             }
         )
         print(format_table(COLUMNS, [[rows[-1][name] for name in COLUMNS]]).splitlines()[-1], flush=True)
