@@ -192,12 +192,12 @@ def test_turns_longer_than_the_budget_cost_no_page(monkeypatch: pytest.MonkeyPat
 
 
 def test_a_probe_measures_and_brings_nothing(bench: Bench) -> None:
-    assert bench.restores.rate() is None
+    assert bench.restores.rate(1) is bench.restores.rate.page_s is None
     bench.restores.probe(bench.cases.keys)
     bench.restores.probe(bench.cases.keys)
     assert bench.client.counters.fetches == min(PROBES, 8)
     bench.turn()
-    assert 0 <= bench.restores.rate() < 1
+    assert 0 <= bench.restores.rate(1) < 1
     assert bench.restores.waiting == bench.restores.ahead == 0 and bench.client.room == 8
     bench.restores.begin("a", bench.cases.keys[:2], LONG_S)
     assert data_of(bench.finish("a")) == bench.cases.frames[:2]

@@ -17,6 +17,8 @@ from sglang_mosaic.page import PAGE_SIZE
 
 PAGE_S = 0.01
 """Computing a page."""
+TURN = 8
+"""Pages that are put in their place at a time."""
 
 
 def pays(page_s: float | None, compressed_s: float = 0.0, known: bool = True) -> RestoringPays:
@@ -25,7 +27,7 @@ def pays(page_s: float | None, compressed_s: float = 0.0, known: bool = True) ->
     def prefill_s(tokens: int, compressed: int) -> float | None:
         return max(tokens / PAGE_SIZE * PAGE_S, compressed_s * (compressed > 0)) if known else None
 
-    return RestoringPays(256, prefill_s, lambda: page_s)
+    return RestoringPays(256, prefill_s, lambda pages: None if page_s is None else pages * page_s)
 
 
 def test_restoring_pays_where_it_is_faster() -> None:
@@ -53,51 +55,63 @@ def test_reading_compressed_pages_takes_time_of_its_own() -> None:
 
 
 def test_one_page_that_was_held_up_does_not_end_restoring() -> None:
-    rate = RestoreRate()
-    assert rate() is None
+    rate = RestoreRate(TURN)
+    assert rate(1) is None
     for i in range(8):
         rate.answered(30.0 if i % 3 == 0 else 0.002)
-    assert rate() == pytest.approx(0.002)
+    assert rate(1) == pytest.approx(0.002)
     # Whoever is slower; nobody waits for both.
     rate.received(0.001)
-    assert rate() == pytest.approx(0.002)
+    assert rate(1) == pytest.approx(0.002)
     for _ in range(WINDOW):
         rate.received(0.003)
-    assert rate() == pytest.approx(0.003)
-    rate.placed(2.0)
-    assert rate() == pytest.approx(0.003), "the first time is a slow one"
-    rate.placed(0.0005)
-    assert rate() == pytest.approx(0.0035), "the scheduler waits for both"
+    assert rate(1) == pytest.approx(0.003)
+    rate.placed(2.0, 1)
+    assert rate(1) == pytest.approx(0.003), "the first time is a slow one"
+    rate.placed(0.0005, 1)
+    assert rate(1) == pytest.approx(0.0035), "the scheduler waits for both"
+
+
+def test_putting_pages_in_their_place_takes_turns() -> None:
+    rate = RestoreRate(TURN)
+    rate.answered(0.001)
+    for pages in (2, 3, 2):
+        rate.placed(0.01, pages)
+    assert rate(1) == pytest.approx(0.011) and rate(TURN) == pytest.approx(0.018), "as long for many as for a few"
+    assert rate(3 * TURN - 1) == pytest.approx(0.053) and rate.page_s == pytest.approx(0.018 / TURN)
+    for _ in range(5):
+        rate.placed(0.06, 2 * TURN)
+    assert rate(2 * TURN) == pytest.approx(0.076)
 
 
 def test_pages_that_have_become_slow_count() -> None:
-    rate = RestoreRate()
+    rate = RestoreRate(TURN)
     for seconds in [0.002] * WINDOW + [0.02] * (WINDOW // 2):
         rate.answered(seconds)
-    assert 0.002 < rate() <= 0.02
+    assert 0.002 < rate(1) <= 0.02
     for _ in range(WINDOW):
         rate.answered(0.002)
-    assert rate() == pytest.approx(0.002)
+    assert rate(1) == pytest.approx(0.002)
 
 
 def test_restoring_is_tried_again_after_a_slow_moment(monkeypatch: pytest.MonkeyPatch) -> None:
     """Who computes instead puts no page in its place, and would think that it takes long for ever."""
     now = 0.0
     monkeypatch.setattr("sglang_mosaic.cache.restore_rate.time.monotonic", lambda: now)
-    rate = RestoreRate()
+    rate = RestoreRate(TURN)
     rate.answered(0.002)
     for _ in range(2):
-        rate.placed(0.001)
+        rate.placed(0.001, 1)
     for _ in range(3):
-        rate.placed(5.0)
-    assert rate() == pytest.approx(5.002)
+        rate.placed(5.0, 1)
+    assert rate(1) == pytest.approx(5.002)
     now = FRESH_S - 1
     rate.answered(0.004)
-    assert rate() == pytest.approx(5.003)
+    assert rate(1) == pytest.approx(5.003)
     now = FRESH_S + 1
-    assert rate() == pytest.approx(0.005), "of the manager what is newer, of the others the best"
-    rate.placed(7.0)
-    assert rate() == pytest.approx(7.004), "until it is measured"
+    assert rate(1) == pytest.approx(0.005), "of the manager what is newer, of the others the best"
+    rate.placed(7.0, 1)
+    assert rate(1) == pytest.approx(7.004), "until it is measured"
 
 
 def test_a_page_takes_as_long_as_the_manager_works_whenever_somebody_looks() -> None:
@@ -184,7 +198,7 @@ def test_a_short_prefill_takes_as_long_as_those_that_do_less() -> None:
 def test_restoring_a_page_or_two_does_not_pay_where_launching_takes_longest() -> None:
     """As on a GPU: 55 ms for 1,040 tokens, 16 tokens behind 1,024 compressed ones 60, a page 1 ms."""
     prefills = Prefills()
-    restoring = RestoringPays(256, prefills.seconds, lambda: 0.001)
+    restoring = RestoringPays(256, prefills.seconds, lambda pages: 0.001 * pages)
     prefills.took(0.055, 1040, times=8)
     assert restoring.budget_s(16, ahead=0, at=0, rest=16) is not None, "to see how long it takes"
     prefills.took(0.060, 16, 16, times=3)

@@ -167,7 +167,7 @@ class MosaicRadixCache(RadixCache):
         started = time.perf_counter()
         inserted = not pages or self._insert_restored(restoring, pages)
         if pages:
-            restores.rate.placed((time.perf_counter() - started) / len(pages))
+            restores.rate.placed(time.perf_counter() - started, len(pages))
         if not inserted:
             restores.cancel(name)
         elif not restores.done(name):

@@ -44,18 +44,18 @@ class RestoringPays:
     Args:
         least_tokens: a shorter run of tokens is computed.
         prefill_s: seconds of computing so many tokens that read so many compressed pages, None: not known yet.
-        page_s: seconds that a page takes to come back, None: not known yet.
+        restore_s: seconds that so many pages take to come back, None: not known yet.
     """
 
     def __init__(
         self,
         least_tokens: int,
         prefill_s: Callable[[int, int], float | None],
-        page_s: Callable[[], float | None],
+        restore_s: Callable[[int], float | None],
     ) -> None:
         self._least_tokens = least_tokens
         self._prefill_s = prefill_s
-        self._page_s = page_s
+        self._restore_s = restore_s
 
     def enough(self, pages: int) -> bool:
         """Whether they are a run of tokens that is restored at all."""
@@ -73,4 +73,4 @@ class RestoringPays:
         if computed is None or restored is None:
             return UNKNOWN_S
         saved = computed - restored
-        return None if saved <= 0 or (ahead + pages) * (self._page_s() or 0.0) > saved else saved
+        return None if saved <= 0 or (self._restore_s(ahead + pages) or 0.0) > saved else saved

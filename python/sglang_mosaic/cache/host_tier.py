@@ -188,7 +188,7 @@ class HostTier:
             "outbox_pages": len(self._outbox),
             "outbox_bytes": self._waiting_bytes,
             "restores_waiting": self.restores.waiting,
-            "restore_page_seconds": self.restores.rate(),
+            "restore_page_seconds": self.restores.rate.page_s,
             **self._client.stats(),
         }
 

@@ -79,7 +79,7 @@ class Restores:
         adopt: Callable[[bytes], bool],
     ) -> None:
         self._client = client
-        self.rate = RestoreRate()
+        self.rate = RestoreRate(TOGETHER)
         self._at_once = at_once
         self._most_bytes = most_bytes
         self._own = own
