@@ -54,6 +54,9 @@ def test_a_large_store_has_a_share_of_it_ahead(monkeypatch: pytest.MonkeyPatch) 
     reserve = Reserve(32 * MIB)
     assert [reserve.keep_ahead(0) for _ in range(5)] == [True] * 4 + [False]
     assert [reserve.keep_ahead(2 * MIB) for _ in range(3)] == [True] * 2 + [False]
+    monkeypatch.setattr(module, "MOST_RESERVE_BYTES", 3 * MIB)
+    reserve = Reserve(32 * MIB)
+    assert [reserve.keep_ahead(0) for _ in range(4)] == [True] * 3 + [False]
 
 
 def test_a_small_store_has_none() -> None:

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import ctypes
 
-RESERVE_BYTES, RESERVE_SHARE = 1 << 29, 8
-"""Written to ahead of what is stored, or a share of all if that is more: a long prompt that comes back makes as much
-leave within a second as it has itself."""
+RESERVE_BYTES, RESERVE_SHARE, MOST_RESERVE_BYTES = 1 << 29, 8, 1 << 32
+"""Written to ahead of what is stored, or a share of all if that is more, up to a limit: a long prompt that comes back
+makes as much leave within a second as it has itself."""
 STEP_BYTES = 1 << 25
 """At a time: other work must not wait for long."""
 _PIECE = 1 << 23
@@ -27,7 +27,7 @@ class Reserve:
 
     def __init__(self, most_bytes: int) -> None:
         self._most_bytes = most_bytes
-        self._ahead = max(RESERVE_BYTES, most_bytes // RESERVE_SHARE)
+        self._ahead = max(RESERVE_BYTES, min(most_bytes // RESERVE_SHARE, MOST_RESERVE_BYTES))
         self._written = 0
         self._libc = ctypes.CDLL(None)
         self._libc.malloc.restype = ctypes.c_void_p
