@@ -36,11 +36,8 @@ class HostCopies:
         self._buffers = buffers
         self._batches: deque[_Batch] = deque()
         self._stream: torch.cuda.Stream | None = None
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes under way."""
-        return sum(page.nbytes for batch in self._batches for page in batch.pages)
+        self.nbytes = 0
+        """Under way. Every request that waits for pages asks, once a turn of the scheduler."""
 
     def start(self, labels: list[Label], rows: torch.Tensor) -> None:
         """Copy rows, as of now in the current stream.
@@ -62,12 +59,14 @@ class HostCopies:
         else:
             _copy(rows, pages)
         self._batches.append(_Batch(labels, pages, done))
+        self.nbytes += sum(page.nbytes for page in pages)
 
     def finished(self) -> list[tuple[bytes, HostPage]]:
         """Keys and pages that have arrived since this was asked last."""
         pages = []
         while self._batches and (self._batches[0].done is None or self._batches[0].done.query()):
             batch = self._batches.popleft()
+            self.nbytes -= sum(page.nbytes for page in batch.pages)
             pages += [
                 (label.key, HostPage(label.epoch, page, label.position))
                 for label, page in zip(batch.labels, batch.pages, strict=True)
